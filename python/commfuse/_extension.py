@@ -97,3 +97,7 @@ def summary() -> str:
         f"commfuse._C: {scope}, built against torch {build_record['torch']} "
         f"by {build_record['compiler']}"
     )
+
+
+if __name__ == "__main__":
+    print(summary())
