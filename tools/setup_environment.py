@@ -1,7 +1,7 @@
 """Creates the virtual environment of a clone and installs what commfuse depends on.
 
-Used by the Makefile; needs nothing but Python. It asks no question: it says what it is going to
-download, and how large that is, and does it. commfuse itself is compiled afterwards, because its
+Used by the Makefile; needs nothing but Python 3.10. It asks no question: it says what it is going
+to download, and how large that is, and does it. commfuse itself is compiled afterwards, because its
 build needs the torch that is installed here.
 """
 
@@ -38,10 +38,6 @@ def megabytes(size: int) -> str:
 
 def check_prerequisites() -> None:
     """Exits with everything that is missing on this machine, and the line that installs it."""
-    if sys.version_info < (3, 10):
-        version = ".".join(map(str, sys.version_info[:3]))
-        sys.exit(f"setup: commfuse needs Python 3.10 or later; {sys.executable} is {version}\n"
-                 "       choose another one with: make PYTHON=/path/to/python3 ...")  # fmt: skip
     missing = []
     if importlib.util.find_spec("ensurepip") is None:
         missing.append("python3-venv (this Python cannot create a virtual environment)")
@@ -52,8 +48,8 @@ def check_prerequisites() -> None:
     if not header.is_file():
         missing.append(f"python3-dev ({header} does not exist)")
     if missing:
-        sys.exit("\n".join(["setup: this machine lacks", *(f"         {m}" for m in missing),
-                            f"       on Debian or Ubuntu: {PREREQUISITES}"]))  # fmt: skip
+        lines = ["setup: this machine lacks", *(f"         {what}" for what in missing)]
+        sys.exit("\n".join([*lines, f"       on Debian or Ubuntu: {PREREQUISITES}"]))
 
 
 def has_nvidia_gpu() -> bool:
