@@ -31,7 +31,10 @@ from commfuse.models.config import ModelConfig, token_ids
 from commfuse.models.tokenizer import Tokenizer
 
 # Elements decoded at a time. Dequantising makes some float32 temporaries of this size.
-_CHUNK_ELEMENTS = 1 << 17
+_CHUNK_ELEMENTS = 1 << 16
+# torch spreads larger copies over its threads, which takes milliseconds each while other ranks
+# keep the cores busy.
+_COPY_ELEMENTS = (1 << 15) - 1
 _MAX_HEADER_BYTES = 100_000_000  # The limit that the safetensors format sets.
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -129,7 +132,10 @@ class StoredTensor:
             if isinstance(stored, list):
                 raw = raw[np.asarray(stored) - low]
             decoded = self.decode(raw)[:, skip : skip + len(columns)]
-            out[start - rows.start : stop - rows.start].copy_(decoded)
+            piece = max(1, _COPY_ELEMENTS // len(columns))
+            target = out[start - rows.start : stop - rows.start]
+            for to, of in zip(target.split(piece), decoded.split(piece), strict=True):
+                to.copy_(of)
         return out
 
     def _chunks(self, rows: range, width: int) -> list[tuple[int, int]]:

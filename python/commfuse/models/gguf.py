@@ -14,7 +14,7 @@ Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 import dataclasses
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -229,10 +229,8 @@ def _tensors(file: TensorFile, entries: dict[str, Any]) -> dict[str, StoredTenso
             raise UsageError(f"tensor {name!r} is a quantised vector, which is not supported")
         if kind in _FLOATS:
             decode, dtype = plain_decoder(_FLOATS[kind]), _FLOATS[kind]
-        elif kind in gguf.quants._type_traits:
-            decode, dtype = _quantised_decoder(kind), torch.bfloat16
         else:
-            raise UsageError(f"tensor {name!r} has the type {kind.name}, which is not supported")
+            decode, dtype = _quantised_decoder(kind, name), torch.bfloat16
         tensors[name] = StoredTensor(
             file=file,
             offset=offset,
@@ -250,10 +248,20 @@ def _tensors(file: TensorFile, entries: dict[str, Any]) -> dict[str, StoredTenso
     return tensors
 
 
-def _quantised_decoder(kind: GGMLQuantizationType) -> Any:
+def _quantised_decoder(
+    kind: GGMLQuantizationType, name: str
+) -> Callable[[np.ndarray], torch.Tensor]:
     def decode(raw: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(gguf.dequantize(raw, kind))
+        # Blocks know no rows. As one row, dequantize() does not cut them into many small groups.
+        values = gguf.dequantize(raw.reshape(1, -1), kind)
+        return torch.from_numpy(values).view(len(raw), -1)
 
+    try:
+        decode(np.zeros((1, GGML_QUANT_SIZES[kind][1]), dtype=np.uint8))
+    except NotImplementedError:
+        raise UsageError(
+            f"tensor {name!r} has the type {kind.name}, which is not supported"
+        ) from None
     return decode
 
 
