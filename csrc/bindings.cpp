@@ -1,0 +1,123 @@
+// commfuse._C: the host side of a communicator. The ops are registered by their launchers, under
+// schemas that the Python package defines.
+#include <pybind11/stl.h>
+#include <torch/extension.h>
+
+#include "cpu/kernel_table.h"
+#include "runtime/communicator.h"
+#include "runtime/segment.h"
+
+namespace py = pybind11;
+
+namespace commfuse {
+namespace {
+
+py::object error_class(const char* name) {
+  return py::module_::import("commfuse.errors").attr(name);
+}
+
+const char* class_of(Failure failure) {
+  switch (failure) {
+    case Failure::timeout:
+      return "PeerTimeout";
+    case Failure::mismatch:
+      return "PeerMismatch";
+    case Failure::died:
+      return "PeerDied";
+    default:
+      return "CommunicatorClosed";
+  }
+}
+
+// A view of shared memory that keeps its mapping alive.
+at::Tensor workspace(const std::shared_ptr<Communicator>& communicator, int rank) {
+  TORCH_CHECK_VALUE(rank >= 0 && rank < communicator->world(), "rank ", rank, " of ",
+                    communicator->world());
+  if (communicator->world() == 1) return at::zeros({0}, at::kByte);
+  return at::from_blob(
+      communicator->workspace(rank), {static_cast<int64_t>(communicator->workspace_bytes())},
+      [communicator](void*) {}, at::kByte);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  py::register_exception_translator([](std::exception_ptr pointer) {
+    try {
+      if (pointer) std::rethrow_exception(pointer);
+    } catch (const CommunicatorError& error) {
+      py::set_error(error_class(class_of(error.failure)), error.what());
+    } catch (const ConcurrentUseError& error) {
+      py::set_error(error_class("ConcurrentUse"), error.what());
+    }
+  });
+
+  m.def("cpu_isa", [] { return std::string(kernels().name); });
+  m.def("read_memory", [](const at::Tensor& x) {
+    const py::gil_scoped_release unlocked;
+    return kernels().read_memory(x.const_data_ptr(), x.nbytes());
+  });
+  m.def("now_ns", &now_ns);
+  m.attr("panel_columns") = kPanelColumns;
+
+  py::class_<SegmentServer>(m, "SegmentServer")
+      .def(py::init([](int world, uint64_t payload_bytes, uint64_t workspace_bytes) {
+             return SegmentServer(SegmentSize{world, payload_bytes, workspace_bytes});
+           }),
+           py::arg("world"), py::arg("payload_bytes"), py::arg("workspace_bytes"))
+      .def_property_readonly("address", &SegmentServer::address);
+
+  py::class_<Statistics>(m, "Statistics")
+      .def_readonly("calls", &Statistics::calls)
+      .def_readonly("bytes_sent", &Statistics::bytes_sent)
+      .def_readonly("communication_ns", &Statistics::communication_ns);
+
+  py::class_<TraceEvent> event(m, "TraceEvent");
+  py::enum_<TraceEvent::Kind>(event, "Kind")
+      .value("computed", TraceEvent::Kind::computed)
+      .value("published", TraceEvent::Kind::published)
+      .value("arrived", TraceEvent::Kind::arrived)
+      .value("reduced", TraceEvent::Kind::reduced);
+  event.def_readonly("time_ns", &TraceEvent::time_ns)
+      .def_readonly("kind", &TraceEvent::kind)
+      .def_readonly("block", &TraceEvent::block);
+
+  const auto unlocked = py::call_guard<py::gil_scoped_release>();
+  py::class_<Communicator, std::shared_ptr<Communicator>>(m, "Communicator")
+      .def(py::init<>())
+      .def_static(
+          "serve",
+          [](SegmentServer& server, double timeout_s, double latency_ns, double bytes_per_ns) {
+            return std::make_shared<Communicator>(Segment::serve(std::move(server), timeout_s), 0,
+                                                  timeout_s, LinkModel{latency_ns, bytes_per_ns});
+          },
+          py::arg("server"), py::arg("timeout_s"), py::arg("latency_ns"), py::arg("bytes_per_ns"),
+          unlocked)
+      .def_static(
+          "connect",
+          [](const std::string& address, int rank, double timeout_s, double latency_ns,
+             double bytes_per_ns) {
+            return std::make_shared<Communicator>(Segment::connect(address, rank, timeout_s), rank,
+                                                  timeout_s, LinkModel{latency_ns, bytes_per_ns});
+          },
+          py::arg("address"), py::arg("rank"), py::arg("timeout_s"), py::arg("latency_ns"),
+          py::arg("bytes_per_ns"), unlocked)
+      .def_property_readonly("rank", &Communicator::rank)
+      .def_property_readonly("world_size", &Communicator::world)
+      .def_property_readonly("handle", &Communicator::handle)
+      .def_property_readonly("emulated", &Communicator::emulated)
+      .def_property_readonly("payload_bytes",
+                             [](const Communicator& c) { return c.payload_bytes(0); })
+      .def_property_readonly("workspace_bytes", &Communicator::workspace_bytes)
+      .def("workspace", &workspace, py::arg("rank"))
+      .def("check", &Communicator::check)
+      .def("barrier", &Communicator::barrier, unlocked)
+      .def("close", &Communicator::close, unlocked)
+      .def("statistics", &Communicator::statistics)
+      .def("reset_statistics", &Communicator::reset_statistics)
+      .def("start_trace", &Communicator::start_trace)
+      .def("stop_trace", &Communicator::stop_trace)
+      .def("set_publish_delay_us", &Communicator::set_publish_delay_us);
+}
+
+}  // namespace commfuse

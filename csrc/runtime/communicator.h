@@ -1,0 +1,152 @@
+// One rank's end of a group of ranks that share memory, and the calls that are made on it.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "runtime/link_model.h"
+#include "runtime/protocol.h"
+#include "runtime/segment.h"
+
+namespace commfuse {
+
+// Nanoseconds of CLOCK_MONOTONIC, which all processes of a host share.
+int64_t now_ns();
+
+struct CommunicatorError : std::runtime_error {
+  CommunicatorError(Failure failure, const std::string& what)
+      : std::runtime_error(what), failure(failure) {}
+  Failure failure;
+};
+// A second call while one is running.
+struct ConcurrentUseError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+struct Statistics {
+  uint64_t calls = 0;             // collective calls (barriers not counted)
+  uint64_t bytes_sent = 0;        // published by this rank, times W - 1 receivers
+  uint64_t communication_ns = 0;  // waiting for peers, copying and adding their data
+};
+
+// What a matmul_all_reduce did when: the evidence that it sends before it has computed everything.
+struct TraceEvent {
+  enum class Kind : int32_t { computed, published, arrived, reduced };
+  int64_t time_ns;
+  Kind kind;
+  int32_t block;
+};
+
+class Communicator {
+ public:
+  // A group of one.
+  Communicator();
+  Communicator(Segment segment, int rank, double timeout_s, LinkModel link);
+  ~Communicator();
+  Communicator(const Communicator&) = delete;
+
+  int rank() const { return rank_; }
+  int world() const { return world_; }
+  // Bytes that one call can carry in a phase.
+  size_t payload_bytes(int phase) const { return segment_ ? segment_->payload_bytes(phase) : 0; }
+  std::byte* workspace(int rank) const { return segment_->workspace(rank); }
+  size_t workspace_bytes() const { return segment_ ? segment_->header().workspace_bytes : 0; }
+  bool emulated() const { return static_cast<bool>(link_); }
+
+  // Throws the recorded error of this communicator, if there is one.
+  void check() const;
+  // Every rank enters before any rank leaves.
+  void barrier();
+  // Leaves in order; peers that wait for this rank are told. Calls after it throw.
+  void close();
+
+  Statistics statistics() const { return statistics_; }
+  void reset_statistics() { statistics_ = {}; }
+  void start_trace() { trace_.emplace(); }
+  std::vector<TraceEvent> stop_trace();
+  // Tests only: this rank sleeps before it publishes, to be a straggler where it hurts most.
+  void set_publish_delay_us(int microseconds) { publish_delay_us_ = microseconds; }
+
+  // The communicator with this handle; handles are what crosses torch's operator schemas.
+  static Communicator& from_handle(int64_t handle);
+  int64_t handle() const { return handle_; }
+
+ private:
+  friend class Call;
+  friend class CommunicationTimer;
+
+  void wait(int peer, int phase, int block, uint64_t expected, const Descriptor& mine);
+  void wait_slowly(int peer, int phase, int block, uint64_t expected, const Descriptor& mine);
+  [[noreturn]] void raise(Failure failure, int peer, int phase, int block, uint64_t generation,
+                          uint64_t seen, const Descriptor& mine);
+  void record(Failure failure, int peer, int phase, int block, uint64_t generation, uint64_t seen,
+              const Descriptor& mine) const;
+  void watch_peers();
+
+  std::optional<Segment> segment_;
+  int rank_ = 0;
+  int world_ = 1;
+  double timeout_s_ = 30;
+  LinkModel link_;
+  Egress egress_{LinkModel{}};
+  uint64_t generation_ = 0;
+  int64_t handle_ = -1;
+  std::atomic<bool> busy_{false};
+  bool closed_ = false;
+  int publish_delay_us_ = 0;
+  Statistics statistics_;
+  std::optional<std::vector<TraceEvent>> trace_;
+  FileDescriptor stop_watching_;
+  std::thread watcher_;
+};
+
+// One call on a communicator, from its generation to its last read. Throws at construction if the
+// communicator has failed, is closed, or is in use.
+class Call {
+ public:
+  Call(Communicator& communicator, const Descriptor& descriptor);
+  ~Call() { communicator_.busy_.store(false, std::memory_order_release); }
+  Call(const Call&) = delete;
+
+  std::byte* payload(int rank, int phase) const {
+    return communicator_.segment_->payload(rank, parity_, phase);
+  }
+  // Makes what this rank has written to its payload, `bytes` of it, visible to all ranks.
+  void publish(int phase, int block, size_t bytes);
+  // Whether a peer's block is there already; never waits.
+  bool arrived(int peer, int phase, int block) const;
+  // Waits for one peer's block, or for that of every peer in rank order.
+  void wait(int peer, int phase, int block) {
+    communicator_.wait(peer, phase, block, word_, descriptor_);
+  }
+  void wait_all(int phase, int block);
+
+  void trace(TraceEvent::Kind kind, int block);
+
+ private:
+  Communicator& communicator_;
+  const Descriptor& descriptor_;
+  uint64_t generation_ = 0;
+  int parity_ = 0;
+  uint64_t word_ = 0;
+};
+
+// Adds the time until its end to the statistics as communication.
+class CommunicationTimer {
+ public:
+  explicit CommunicationTimer(Communicator& communicator)
+      : statistics_(communicator.statistics_), begin_(now_ns()) {}
+  ~CommunicationTimer() { statistics_.communication_ns += now_ns() - begin_; }
+
+ private:
+  Statistics& statistics_;
+  int64_t begin_;
+};
+
+}  // namespace commfuse
