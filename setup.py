@@ -21,6 +21,7 @@ import setuptools
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext as PlainBuildExt
 from setuptools.command.build_py import build_py as PlainBuildPy
+from setuptools.command.dist_info import dist_info as PlainDistInfo
 
 ROOT = Path(__file__).resolve().parent
 RECORD = "_C.build.json"  # beside the library; _extension.py checks it before it loads
@@ -134,6 +135,17 @@ class BuildPy(PlainBuildPy):
         super().run()
 
 
+class DistInfo(PlainDistInfo):
+    """Metadata, the first thing that pip asks for: an isolated build, which cannot succeed, ends
+    here and not after pip has downloaded torch and its libraries.
+    """
+
+    def run(self):
+        if torch is None and any("pip-build-env" in entry for entry in sys.path):
+            raise SystemExit(NO_TORCH)
+        super().run()
+
+
 class BuildExt(PlainBuildExt if torch is None else cpp_extension.BuildExtension):
     """Compiles the extension, says what was built, and records what it was built against."""
 
@@ -202,5 +214,5 @@ setup(
     include_package_data=False,
     package_data={"commfuse": ["py.typed"]},
     ext_modules=[extension()],
-    cmdclass={"build_py": BuildPy, "build_ext": BuildExt},
+    cmdclass={"build_py": BuildPy, "build_ext": BuildExt, "dist_info": DistInfo},
 )
