@@ -28,6 +28,20 @@ RECORD = "_C.build.json"  # beside the library; _extension.py checks it before i
 GIB_PER_JOB = 2.0  # a file that includes torch's headers takes 1 to 2 GiB to compile
 CUDA_ARCHITECTURES = ("80", "90a")
 
+
+def cuda_toolkit() -> str | None:
+    """The folder of the CUDA toolkit: nvcc says it, also where the nvcc on PATH is a wrapper."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return None
+    plan = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
+    tops = [line.split("=", 1)[1] for line in plan.splitlines() if line.startswith("#$ TOP=")]
+    return os.path.realpath(tops[0].strip()) if tops else None
+
+
+if not os.environ.get("CUDA_HOME") and (toolkit := cuda_toolkit()):
+    os.environ["CUDA_HOME"] = toolkit  # torch reads it when cpp_extension is imported
+
 try:
     import torch
     from torch.utils import cpp_extension
@@ -75,6 +89,10 @@ def why_no_cuda() -> str | None:
     nvcc = Path(cpp_extension.CUDA_HOME) / "bin" / "nvcc"
     if not nvcc.exists():
         return f"{nvcc} does not exist"
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    release = said.partition("release ")[2].partition(",")[0]
+    if release.split(".")[0] != torch.version.cuda.split(".")[0]:  # torch refuses the mixture
+        return f"{nvcc} is of CUDA {release or 'unknown'}, but torch of CUDA {torch.version.cuda}"
     return None
 
 
