@@ -18,9 +18,13 @@ class OneShot:
 
 @dataclass(frozen=True)
 class Sliced:
-    """One agent publishes `slices` parts in turn, each with its own word (matmul_all_reduce)."""
+    """One agent publishes `slices` parts in turn, each with its own word.
+
+    At most `ahead` slices are published before the first of them is awaited; None: all of them.
+    """
 
     slices: int = 2
+    ahead: int | None = None
 
 
 @dataclass(frozen=True)

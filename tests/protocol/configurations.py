@@ -40,6 +40,7 @@ WIDE, NARROW = OneShot(parts=2, grid=2), OneShot(parts=2, grid=1)
 PULL, PUSH = Protocol(), Protocol(push=True)
 MIXED = [ONE, TWO, ZERO, ONE, TWO]
 GRIDS = [WIDE, NARROW, WIDE, NARROW]
+ONE_AHEAD = [Sliced(slices, ahead=1) for slices in (3, 1, 4, 2)]
 TWO_SHOT_GRIDS = [TwoShot(grid=2), NARROW, TwoShot(grid=2), WIDE]
 STREAM = [[Send(1)] * 5, [Receive(0)] * 5]
 PIPELINE = [[Send(1)] * 4, [Receive(0), Send(2)] * 4, [Receive(1)] * 4]
@@ -104,9 +105,11 @@ def sound() -> list[Configuration]:
             add("gather with an empty part x4", world, [Gather(empty=(1,))] * 4, way)
             add("tensor read in place, trailing barrier x3", world, [Direct()] * 3, way)
         add("slices 2, 1, 3, 2", 2, [Sliced(2), Sliced(1), Sliced(3), Sliced(2)], way)
+        add("slices 3, 1, 4, 2, one ahead", 2, ONE_AHEAD, way)
         add("grids 2, 1, 2, 1", 2, GRIDS, way)
         add("two-shot grids 2, 1, 2, 2", 2, TWO_SHOT_GRIDS, way)
     add("one-shot x5", 3, [ONE] * 5, PUSH, long=True)
+    add("slices 2, 1, 2, at once", 3, [Sliced(s, ahead=0) for s in (2, 1, 2)], PULL)
     add("slices 2, 1", 3, [Sliced(2), Sliced(1)], PULL, long=True)
     for lines, calls in ((1, 8), (2, 5)):
         add(f"flag-in-data, {lines} line x{calls}", 2, [Flagged(lines)] * calls, PUSH)

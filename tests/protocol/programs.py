@@ -206,11 +206,15 @@ class _Builder:
         self.read(agent, 0, cells, self.await_peers(agent, call, 0))
 
     def sliced(self, agent: _Agent, call: Sliced) -> None:
-        for s in range(call.slices):
-            self.publish(agent, call, 0, {key: [s] for key in range(self.world)}, index=s)
-        for s in range(call.slices):
-            waits = self.await_peers(agent, call, 0, index=s)
-            self.read(agent, 0, {key: [s] for key in range(self.world)}, waits)
+        everyone = range(self.world)
+        ahead = call.slices if call.ahead is None else call.ahead
+        for step in range(call.slices + ahead):
+            if step < call.slices:
+                self.publish(agent, call, 0, {peer: [step] for peer in everyone}, index=step)
+            done = step - ahead
+            if done >= 0:
+                waits = self.await_peers(agent, call, 0, index=done)
+                self.read(agent, 0, {peer: [done] for peer in everyone}, waits)
 
     def twoshot(self, agent: _Agent, call: TwoShot) -> None:
         everyone = range(self.world)
