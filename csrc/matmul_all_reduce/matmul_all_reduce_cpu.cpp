@@ -9,17 +9,17 @@
 namespace commfuse {
 namespace {
 
-// Weights of one slice: enough to hide a slice's exchange behind the next slice's reading.
-constexpr int64_t kSliceWeightBytes = 256 * 1024;
+// Panels of one slice: enough columns to hide a slice's exchange behind the next slice's weights.
+constexpr int64_t kSlicePanels = 4;
 constexpr int64_t kMaxSlices = 8;
 
+// Where the columns are cut. A function of n alone: ranks must cut alike, and their k may differ.
 struct Slices {
   int64_t panels, count;
 
-  Slices(const GemmArgs& a) {
-    const int64_t total = panel_count(a.n);
-    const int64_t bytes = total * kPanelColumns * a.k * static_cast<int64_t>(size_of(a.dtype));
-    const int64_t wanted = std::clamp<int64_t>(bytes / kSliceWeightBytes, 2, kMaxSlices);
+  explicit Slices(int64_t n) {
+    const int64_t total = panel_count(n);
+    const int64_t wanted = std::clamp<int64_t>(total / kSlicePanels, 2, kMaxSlices);
     panels = std::max<int64_t>(1, (total + wanted - 1) / wanted);
     count = std::max<int64_t>(1, (total + panels - 1) / panels);
   }
@@ -38,7 +38,7 @@ void fused_rows(Communicator& communicator, const Descriptor& descriptor, GemmAr
                 const std::byte* bias, const std::byte* residual, std::byte* out) {
   const int world = communicator.world(), rank = communicator.rank();
   const int64_t size = static_cast<int64_t>(size_of(args.dtype)), stride = args.n * size;
-  const Slices slices(args);
+  const Slices slices(args.n);
   Call call(communicator, descriptor);
   args.out = call.payload(rank, 0);
   const std::byte* payloads[kMaxWorld];

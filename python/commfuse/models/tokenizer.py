@@ -169,9 +169,10 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Return the ids of ``text``, with the tokens that the model wants around any text.
 
-        Special tokens that are spelled out in the text become their ids.
+        Special tokens that are spelled out in the text become their ids. Raises UsageError for
+        text that no UTF-8 expresses, as Python makes from undecodable command-line bytes.
         """
-        return self.backend.encode(text).ids
+        return self._encode(text, add_special_tokens=True)
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """Return the text of a conversation, ready for the assistant's answer.
@@ -196,7 +197,17 @@ class Tokenizer:
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Return the ids of :meth:`render_chat`'s text; the template writes all special tokens."""
-        return self.backend.encode(self.render_chat(messages), add_special_tokens=False).ids
+        return self._encode(self.render_chat(messages), add_special_tokens=False)
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UsageError(
+                f"position {error.start} of the text is no character: {text[error.start]!r}; "
+                "text must be valid UTF-8"
+            ) from None
+        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Return the text of ``ids``; bytes that form no character become U+FFFD."""

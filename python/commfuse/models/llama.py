@@ -1,0 +1,175 @@
+"""A Llama-family decoder split by tensor parallelism, read shard by shard from a checkpoint."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from commfuse.errors import UsageError
+from commfuse.models.checkpoint import Checkpoint
+from commfuse.models.config import ModelConfig
+from commfuse.nn import (
+    ColumnParallelLinear,
+    GatedColumnParallelLinear,
+    KVCache,
+    ParallelAttention,
+    ParallelBlock,
+    ParallelMLP,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    shard_heads,
+    shard_vocabulary,
+    split,
+)
+from commfuse.nn.attention import Placement
+from commfuse.runtime.communicator import Communicator
+
+
+def check_parallelism(config: ModelConfig, tp: int) -> None:
+    """Refuses, before anything is read, a model or a tensor parallelism that cannot run.
+
+    Raises:
+        UsageError: the message says what would work.
+    """
+    shard_heads(config.num_heads, config.num_kv_heads, tp, 0)
+    if tp > config.intermediate_size:
+        raise UsageError(f"tp={tp} exceeds the MLP's {config.intermediate_size} features")
+    if config.head_dim % 16:
+        raise UsageError(f"head_dim is {config.head_dim}; the kernels take multiples of 16")
+
+
+class Llama(nn.Module):
+    """The part of a decoder that one rank holds.
+
+    Args:
+        checkpoint: every rank reads its own slices of it, one tensor at a time.
+        comm: the tensor-parallel ranks.
+        dtype: of weights and activations; None: the checkpoint's.
+
+    Raises:
+        UsageError: the model cannot be split over these ranks.
+
+    Example:
+        >>> with open_checkpoint(path) as checkpoint:
+        ...     model = Llama(checkpoint, comm)
+        >>> cache = model.new_cache(sequences=1, max_length=512)
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, comm: Communicator, dtype: torch.dtype | None = None
+    ):
+        super().__init__()
+        self.config = config = checkpoint.config
+        self.comm = comm
+        self.dtype = dtype or config.dtype
+        check_parallelism(config, comm.world_size)
+        self.heads = shard_heads(config.num_heads, config.num_kv_heads, comm.world_size, comm.rank)
+        self.features = split(config.intermediate_size, comm.world_size, comm.rank)
+        self.vocabulary = shard_vocabulary(config.vocab_size, comm.world_size, comm.rank)
+
+        rows = slice(self.vocabulary.begin, self.vocabulary.end)
+        embedding = checkpoint.read("model.embed_tokens.weight", rows=rows, dtype=self.dtype)
+        self.embedding = VocabParallelEmbedding(embedding, self.vocabulary.begin, comm)
+        del embedding
+        self.head = None
+        if not config.tie_word_embeddings:
+            self.head = ColumnParallelLinear(
+                checkpoint.read("lm_head.weight", rows=rows, dtype=self.dtype)
+            )
+        norms = [
+            checkpoint.read(f"model.layers.{layer}.input_layernorm.weight", dtype=self.dtype)
+            for layer in range(config.num_layers)
+        ]
+        norms.append(checkpoint.read("model.norm.weight", dtype=self.dtype))
+        self.first_norm = norms[0]
+        self.blocks = nn.ModuleList(
+            self._block(checkpoint, f"model.layers.{layer}.", norms[layer + 1])
+            for layer in range(config.num_layers)
+        )
+
+    def _block(self, checkpoint: Checkpoint, prefix: str, next_norm: torch.Tensor) -> ParallelBlock:
+        config, comm = self.config, self.comm
+
+        def read(name: str, rows: slice | None = None, columns: slice | None = None):
+            return checkpoint.read(prefix + name, rows=rows, columns=columns, dtype=self.dtype)
+
+        query = self.heads.query.scaled(config.head_dim)
+        kv = self.heads.kv.scaled(config.head_dim)
+        features = self.features.scaled(1)
+
+        def qkv(kind: str) -> torch.Tensor:
+            parts = (("q", query), ("k", kv), ("v", kv))
+            return torch.cat([read(f"self_attn.{p}_proj.{kind}", rows=r) for p, r in parts])
+
+        attention = ParallelAttention(
+            qkv("weight"),
+            read("self_attn.o_proj.weight", columns=query),
+            self.heads,
+            comm,
+            qkv_bias=qkv("bias") if config.qkv_bias else None,
+            output_bias=read("self_attn.o_proj.bias") if config.o_bias else None,
+            norms=(
+                (read("self_attn.q_norm.weight"), read("self_attn.k_norm.weight"))
+                if config.qk_norm
+                else (None, None)
+            ),
+            eps=config.rms_norm_eps,
+        )
+        biases = ("gate_proj", "up_proj") if config.mlp_bias else ()
+        mlp = ParallelMLP(
+            GatedColumnParallelLinear(
+                read("mlp.gate_proj.weight", rows=features),
+                read("mlp.up_proj.weight", rows=features),
+                *(read(f"mlp.{name}.bias", rows=features) for name in biases),
+            ),
+            RowParallelLinear(
+                read("mlp.down_proj.weight", columns=features),
+                comm,
+                read("mlp.down_proj.bias") if config.mlp_bias else None,
+            ),
+            config.rms_norm_eps,
+        )
+        return ParallelBlock(attention, mlp, read("post_attention_layernorm.weight"), next_norm)
+
+    def new_cache(self, sequences: int, max_length: int) -> KVCache:
+        """An empty cache for this rank's heads."""
+        return KVCache(
+            self.config.num_layers,
+            sequences,
+            len(self.heads.kv),
+            max_length,
+            self.config.head_dim,
+            self.dtype,
+        )
+
+    def rotary(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin for positions 0 to length - 1: float32 [length, head_dim / 2] each."""
+        positions = torch.arange(length, dtype=torch.float32)
+        angles = torch.outer(positions, self.config.rope_frequencies())
+        return angles.cos(), angles.sin()
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        cache: KVCache,
+        placement: Placement,
+        rows: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The logits of this rank's vocabulary entries.
+
+        Args:
+            tokens: int64 [tokens].
+            cache: extended by the tokens.
+            placement: where they stand.
+            rows: int64, the tokens whose logits are wanted; None: all.
+
+        Returns:
+            float32 [rows, entries of this rank].
+        """
+        eps = self.config.rms_norm_eps
+        x, residual = self.embedding(tokens, self.first_norm, eps)
+        for block, layer in zip(self.blocks, cache.layers, strict=True):
+            x, residual = block(x, residual, layer, placement)
+        if rows is not None:
+            x = x[rows]
+        return self.embedding.logits(x) if self.head is None else self.head(x, float32_out=True)

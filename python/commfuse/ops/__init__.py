@@ -1,0 +1,91 @@
+"""The ops: ``commfuse.ops.NAME``, one file each, and ``commfuse.explain``.
+
+Each file holds, for one op, its schema (also registered as ``torch.ops.commfuse.NAME``), its
+shape-only implementation, a float64 reference, and its table of backends.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+
+from commfuse.errors import UsageError
+from commfuse.ops._registry import Explanation, Op, Query
+from commfuse.ops.all_reduce import all_reduce
+from commfuse.ops.all_reduce_rms_norm import all_reduce_rms_norm
+from commfuse.ops.attention import attention
+from commfuse.ops.matmul import PackedWeight, matmul, pack_gate_up, pack_weight
+from commfuse.ops.matmul_all_reduce import matmul_all_reduce
+from commfuse.ops.verify_chain import verify_chain
+from commfuse.ops.vocab_parallel_argmax import vocab_parallel_argmax
+from commfuse.ops.vocab_parallel_embedding import vocab_parallel_embedding
+from commfuse.runtime.communicator import Communicator
+
+OP_NAMES = (
+    "all_reduce",
+    "all_reduce_rms_norm",
+    "matmul",
+    "matmul_all_reduce",
+    "attention",
+    "vocab_parallel_argmax",
+    "vocab_parallel_embedding",
+    "verify_chain",
+)
+
+
+def op(name: str) -> Op:
+    """The backend table of an op.
+
+    Raises:
+        UsageError: there is no such op; the message lists them.
+    """
+    if name not in OP_NAMES:
+        raise UsageError(f"unknown op {name!r}: use one of {', '.join(OP_NAMES)}")
+    return importlib.import_module(f"commfuse.ops.{name}").OP
+
+
+def explain(
+    name: str,
+    comm: Communicator | None = None,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    packed: bool | None = None,
+    backend: str = "auto",
+) -> Explanation:
+    """Which backend would run an op, and why the others would not.
+
+    Args:
+        name: the op.
+        comm: the communicator it would run on; None for one process.
+        device: ``"cpu"`` or ``"cuda"``.
+        dtype: of the activations.
+        packed: whether the weight is packed, for ops with a weight.
+        backend: what the caller would ask for.
+
+    Example:
+        >>> print(explain("all_reduce", comm))
+        all_reduce: cpu
+          cpu: chosen
+          …
+    """
+    return op(name).explain(backend, comm, Query(device, dtype, packed))
+
+
+__all__ = [
+    "OP_NAMES",
+    "PackedWeight",
+    "all_reduce",
+    "all_reduce_rms_norm",
+    "attention",
+    "explain",
+    "matmul",
+    "matmul_all_reduce",
+    "op",
+    "pack_gate_up",
+    "pack_weight",
+    "verify_chain",
+    "vocab_parallel_argmax",
+    "vocab_parallel_embedding",
+]

@@ -1,0 +1,151 @@
+"""Backends as data: which of an op's implementations can serve a call, and why the others cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from commfuse import _extension
+from commfuse.errors import BackendUnavailable
+from commfuse.runtime.communicator import SHARED_MEMORY, Communicator
+
+# Registered before the extension's implementations are looked up; the extension is loaded by
+# importing commfuse._extension.
+LIBRARY = torch.library.Library("commfuse", "FRAGMENT")
+
+
+@dataclass(frozen=True)
+class Query:
+    """What the choice of a backend depends on.
+
+    Attributes:
+        device: ``"cpu"`` or ``"cuda"``.
+        dtype: of the activations.
+        packed: whether the weight is a :class:`~commfuse.ops.matmul.PackedWeight`; None for an op
+            without a weight.
+    """
+
+    device: str
+    dtype: torch.dtype
+    packed: bool | None = None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of an op.
+
+    Attributes:
+        name: ``cpu``, ``triton`` or ``torch``.
+        run: the implementation, called with the op's own arguments.
+        obstacle: why it cannot serve a query, or None if it can.
+        automatic: whether ``auto`` may choose it.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    obstacle: Callable[[Communicator | None, Query], str | None]
+    automatic: bool = True
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What would run, and why. Printed, it is a short text.
+
+    Attributes:
+        op: the op's name.
+        backend: the chosen backend's name, or None.
+        reasons: for every backend, why it was chosen or why not.
+    """
+
+    op: str
+    backend: str | None
+    reasons: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: {self.backend or 'nothing can serve this call'}"]
+        return "\n".join(lines + [f"  {name}: {reason}" for name, reason in self.reasons.items()])
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op and its backends, the preferred first."""
+
+    name: str
+    backends: tuple[Backend, ...]
+
+    def explain(self, backend: str, comm: Communicator | None, query: Query) -> Explanation:
+        """What ``backend`` ("auto" or a name) means for this query, and why."""
+        reasons: dict[str, str] = {}
+        chosen = None
+        for candidate in self.backends:
+            obstacle = candidate.obstacle(comm, query)
+            if obstacle is not None:
+                reasons[candidate.name] = obstacle
+            elif backend not in ("auto", candidate.name):
+                reasons[candidate.name] = "available; not the one asked for"
+            elif backend == "auto" and not candidate.automatic:
+                reasons[candidate.name] = "available; runs only when asked for by name"
+            elif chosen is not None:
+                reasons[candidate.name] = f"available; {chosen} comes first"
+            else:
+                chosen = candidate.name
+                reasons[candidate.name] = "chosen"
+        return Explanation(self.name, chosen, reasons)
+
+    def select(self, backend: str, comm: Communicator | None, query: Query) -> Callable[..., Any]:
+        """The implementation that serves this query.
+
+        Raises:
+            BackendUnavailable: there is none, or not the one asked for; the message lists why, and
+                what is available.
+        """
+        cache = comm.backends if comm is not None else _LOCAL_CHOICES
+        key = (self.name, backend, query)
+        run = cache.get(key)
+        if run is None:
+            explanation = self.explain(backend, comm, query)
+            if explanation.backend is None:
+                asked = "no backend" if backend == "auto" else f"backend {backend!r}"
+                raise BackendUnavailable(
+                    f"{asked} can serve {self.name} on {query.device} in {query.dtype}:\n"
+                    f"{explanation}"
+                )
+            run = next(b.run for b in self.backends if b.name == explanation.backend)
+            cache[key] = run
+        return run
+
+
+_LOCAL_CHOICES: dict[Any, Callable[..., Any]] = {}
+CPU_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def cpu_obstacle(comm: Communicator | None, query: Query) -> str | None:
+    """Why our C++ kernels for the CPU cannot serve a query, or None."""
+    if query.device != "cpu":
+        return f"runs on the CPU, not on {query.device}"
+    if _extension.module is None:
+        return _extension.reason
+    if query.dtype not in CPU_DTYPES:
+        return f"takes bfloat16, float16 and float32, not {query.dtype}"
+    if query.packed is False:
+        return "takes weights packed by commfuse.ops.pack_weight"
+    if comm is not None and comm.world_size > 1 and comm.transport != SHARED_MEMORY:
+        return f"needs shared memory between the ranks; their transport is {comm.transport}"
+    return None
+
+
+def torch_obstacle(comm: Communicator | None, query: Query) -> str | None:
+    """Why torch and torch.distributed cannot serve a query, or None."""
+    if query.packed and _extension.module is None:
+        return _extension.reason
+    return None
+
+
+def define(schema: str, fake: Callable[..., Any]) -> None:
+    """Defines ``torch.ops.commfuse.NAME`` with its schema and its shape-only implementation."""
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"commfuse::{name}", fake, lib=LIBRARY)

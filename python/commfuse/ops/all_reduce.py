@@ -1,0 +1,68 @@
+"""Sum over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from commfuse.ops._registry import Backend, Op, Query, cpu_obstacle, define, torch_obstacle
+from commfuse.ops._triton import all_reduce_triton, triton_obstacle
+from commfuse.runtime.communicator import Communicator
+
+
+def _fake(x: torch.Tensor, communicator: int) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+define("all_reduce(Tensor x, int communicator) -> Tensor", _fake)
+
+
+def reference(xs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum of all ranks' ``x`` in float64."""
+    return torch.stack([x.double() for x in xs]).sum(0)
+
+
+def _cpu(x: torch.Tensor, comm: Communicator) -> torch.Tensor:
+    return torch.ops.commfuse.all_reduce.default(x, comm.handle)
+
+
+def _torch(x: torch.Tensor, comm: Communicator) -> torch.Tensor:
+    return comm.torch_all_reduce(x.clone())
+
+
+OP = Op(
+    "all_reduce",
+    (
+        Backend("cpu", _cpu, cpu_obstacle),
+        Backend("triton", all_reduce_triton, triton_obstacle, automatic=False),
+        Backend("torch", _torch, torch_obstacle),
+    ),
+)
+
+
+def all_reduce(x: torch.Tensor, comm: Communicator, backend: str = "auto") -> torch.Tensor:
+    """Sums ``x`` over the ranks of ``comm``.
+
+    The ranks' values are added in float32 in rank order and rounded once, so that every rank gets
+    the same bits, on every run. Small messages are exchanged in one shot, large ones among three
+    ranks or more in two (reduce-scatter, then all-gather).
+
+    Args:
+        x: any shape, contiguous; bfloat16, float16 or float32. Equal shape and dtype on all ranks.
+        comm: every rank must call.
+        backend: ``"auto"``, ``"cpu"``, ``"triton"`` or ``"torch"`` (torch.distributed: equality
+            across ranks only).
+
+    Returns:
+        A new tensor like ``x``.
+
+    Raises:
+        CommunicatorError: a rank called something else, was late, or is gone.
+        BackendUnavailable: ``backend`` cannot serve this call; the message says why.
+
+    Example:
+        >>> all_reduce(torch.ones(4), comm)      # on each of two ranks
+        tensor([2., 2., 2., 2.])
+    """
+    return OP.select(backend, comm, Query(x.device.type, x.dtype))(x, comm)

@@ -1,0 +1,80 @@
+"""The next token at temperature 0, from logits that stay on their ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from commfuse.errors import CommfuseError
+from commfuse.ops._registry import Backend, Op, Query, cpu_obstacle, define, torch_obstacle
+from commfuse.runtime.communicator import Communicator
+
+
+def _fake(logits, vocab_begin, communicator):
+    return logits.new_empty(logits.shape[0], dtype=torch.int64)
+
+
+define("vocab_parallel_argmax(Tensor logits, int vocab_begin, int communicator) -> Tensor", _fake)
+
+
+def reference(shards: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The lowest index of the largest logit of all shards put side by side."""
+    logits = torch.cat([shard.double() for shard in shards], dim=1)
+    largest = logits == logits.max(dim=1, keepdim=True).values
+    return largest.int().argmax(dim=1)
+
+
+def _cpu(logits, vocab_begin, comm):
+    return torch.ops.commfuse.vocab_parallel_argmax.default(logits, vocab_begin, comm.handle)
+
+
+def torch_argmax(logits: torch.Tensor, vocab_begin: int, comm: Communicator) -> torch.Tensor:
+    """The same by torch: local winners, gathered, compared. float64 holds score and id exactly."""
+    rows = logits.shape[0]
+    winners = torch.full((rows, 2), -torch.inf, dtype=torch.float64, device=logits.device)
+    if logits.shape[1]:
+        scores = logits.max(dim=1).values
+        first = (logits == scores[:, None]).int().argmax(dim=1)
+        winners = torch.stack((scores.double(), (first + vocab_begin).double()), dim=1)
+    gathered = comm.torch_all_gather(winners)
+    scores, ids = gathered[..., 0], gathered[..., 1]
+    best = scores.max(dim=0).values
+    for row, score in enumerate(best.tolist()):
+        if score != score or score in (float("inf"), float("-inf")):
+            raise CommfuseError(f"the logits of row {row} are {score}: no token can be chosen")
+    ids = torch.where(scores == best, ids, torch.inf)
+    return ids.min(dim=0).values.long()
+
+
+OP = Op(
+    "vocab_parallel_argmax",
+    (Backend("cpu", _cpu, cpu_obstacle), Backend("torch", torch_argmax, torch_obstacle)),
+)
+
+
+def vocab_parallel_argmax(
+    logits: torch.Tensor, vocab_begin: int, comm: Communicator, backend: str = "auto"
+) -> torch.Tensor:
+    """The id of the largest logit over all ranks' vocabulary shards, the lowest among equals.
+
+    Eight bytes per row and rank are exchanged, instead of the logits.
+
+    Args:
+        logits: [rows, size of this rank's shard], contiguous; padding must not be in it.
+        vocab_begin: global id of the shard's first entry.
+        comm: every rank must call.
+        backend: ``"auto"``, ``"cpu"`` or ``"torch"``.
+
+    Returns:
+        int64 [rows], equal on all ranks.
+
+    Raises:
+        RuntimeError: a row is NaN, infinite, or -inf throughout; all ranks raise it.
+        CommunicatorError, BackendUnavailable: as :func:`~commfuse.ops.all_reduce`.
+
+    Example:
+        >>> tokens = vocab_parallel_argmax(logits, comm.rank * shard, comm)
+    """
+    run = OP.select(backend, comm, Query(logits.device.type, logits.dtype))
+    return run(logits, vocab_begin, comm)

@@ -1,0 +1,1 @@
+"""Communicators over process groups, meshes, emulated links, and the launcher of ranks."""

@@ -1,0 +1,85 @@
+"""Ranks as a mesh: pipeline stages by tensor-parallel ranks."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from commfuse.errors import UsageError
+from commfuse.runtime.communicator import Communicator
+from commfuse.runtime.link import Link
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """A pp × tp mesh of ranks, and this rank's communicators in it.
+
+    Attributes:
+        device_mesh: torch's mesh, dimensions ``("pp", "tp")``; None for a single process that was
+            started without a launcher.
+        tp: over the ranks that split each layer.
+        pp: over the ranks that split the layers.
+    """
+
+    device_mesh: DeviceMesh | None
+    tp: Communicator
+    pp: Communicator
+
+    def close(self) -> None:
+        """Closes both communicators."""
+        self.tp.close()
+        self.pp.close()
+
+    def __enter__(self) -> Mesh:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def init_mesh(
+    tp: int = 1,
+    pp: int = 1,
+    *,
+    device: str = "cpu",
+    links: dict[str, Link] | None = None,
+    **communicator_options,
+) -> Mesh:
+    """Builds the mesh of this job from torchrun's environment, with one communicator a dimension.
+
+    Args:
+        tp: ranks that split each layer (tensor parallelism), neighbours in rank order.
+        pp: ranks that split the layers (pipeline parallelism).
+        device: ``"cpu"`` (gloo) or ``"cuda"``.
+        links: an emulated link by dimension, ``"tp"`` or ``"pp"``.
+        communicator_options: passed to every :class:`Communicator`.
+
+    Raises:
+        UsageError: tp × pp is not the number of ranks that were started.
+
+    Example:
+        >>> with init_mesh(tp=2) as mesh:      # under torchrun --nproc-per-node 2
+        ...     y = commfuse.ops.all_reduce(x, mesh.tp)
+    """
+    if tp < 1 or pp < 1:
+        raise UsageError(f"tp={tp}, pp={pp}: both must be at least 1")
+    world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+    if tp * pp != world:
+        raise UsageError(
+            f"tp={tp} x pp={pp} needs {tp * pp} ranks, and {world} were started: use "
+            f"torchrun --nproc-per-node {tp * pp}, or other sizes"
+        )
+    links = links or {}
+    options = {dimension: {"link": links.get(dimension), **communicator_options} for dimension in
+               ("tp", "pp")}  # fmt: skip
+    if world == 1 and not dist.is_initialized():
+        return Mesh(None, Communicator(None, **options["tp"]), Communicator(None, **options["pp"]))
+    device_mesh = init_device_mesh(device, (pp, tp), mesh_dim_names=("pp", "tp"))
+    return Mesh(
+        device_mesh,
+        Communicator(device_mesh["tp"], **options["tp"]),
+        Communicator(device_mesh["pp"], **options["pp"]),
+    )
