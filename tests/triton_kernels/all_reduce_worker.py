@@ -50,7 +50,6 @@ def sizes(dtype: torch.dtype) -> dict[str, int]:
 @contextlib.contextmanager
 def communicator():
     """A communicator over all ranks with memory for a few workspaces."""
-    torch.set_num_threads(1)  # the ranks share the cores
     with Communicator(dist.group.WORLD, workspace_bytes=WORKSPACE_BYTES) as comm:
         yield comm
 
@@ -59,7 +58,10 @@ def make_workspace(comm, index: int = 0, timeout: float = 30.0) -> Workspace:
     """The ``index``-th workspace of its own in the communicator's memory."""
     nbytes = layout(comm.world_size).nbytes
     start = index * nbytes
-    buffers = [comm.workspace(r)[start : start + nbytes] for r in range(comm.world_size)]
+    if comm.world_size == 1:  # a group of one shares no memory
+        buffers = [torch.zeros(nbytes, dtype=torch.uint8)]
+    else:
+        buffers = [comm.workspace(r)[start : start + nbytes] for r in range(comm.world_size)]
     return Workspace.create(comm.rank, buffers, max_blocks=MAX_BLOCKS, timeout=timeout)
 
 

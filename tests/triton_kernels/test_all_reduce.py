@@ -28,12 +28,14 @@ def run(function: str, world_size: int, *args):
 
 @pytest.fixture(scope="module")
 def correctness():
-    """The results of a world size, run when its first case asks for them."""
+    """The results of a world size: run by the first case that asks, failed for all if it fails."""
     results = {}
 
     def get(world_size: int):
         if world_size not in results:
+            results[world_size] = None
             results[world_size] = run("correctness", world_size, CASES[world_size])
+        assert results[world_size] is not None, f"the ranks of world size {world_size} failed"
         return results[world_size]
 
     return get
