@@ -131,6 +131,12 @@ class Llama(nn.Module):
         )
         return ParallelBlock(attention, mlp, read("post_attention_layernorm.weight"), next_norm)
 
+    def weight_bytes_per_step(self) -> int:
+        """Bytes of weights that this rank reads in a decoding step, the head included."""
+        weights = [m.weight for m in self.blocks.modules() if hasattr(m, "weight")]
+        weights.append(self.embedding.weight if self.head is None else self.head.weight)
+        return sum(w.data.nbytes for w in weights)
+
     def new_cache(self, sequences: int, max_length: int) -> KVCache:
         """An empty cache for this rank's heads."""
         return KVCache(

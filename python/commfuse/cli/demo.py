@@ -1,0 +1,153 @@
+"""``commfuse demo``: the communication wall, and what commfuse does to it, in one growing table."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+
+from commfuse.errors import CommfuseError
+from commfuse.runtime.launch import own_command
+
+PASSAGE = (
+    "The tide came in slowly that evening, and the boats in the harbour began to lift and turn. "
+    "Old Martha sat on the wall with her basket of nets, watching the lamps appear one by one "
+    "along the quay. She had mended nets here for forty years."
+)
+PROMPT = f"Repeat the following text exactly, word for word:\n\n{PASSAGE}"
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One configuration of the story."""
+
+    name: str
+    ranks: int
+    arguments: tuple[str, ...]
+
+
+def _rows(tp: int) -> list[_Row]:
+    one = ("--threads", "1")
+    return [
+        _Row("one process", 1, one),
+        _Row(f"TP={tp}, gloo", tp, (*one, "--backend", "torch")),
+        _Row(f"TP={tp}, commfuse", tp, (*one, "--floors")),
+        _Row(f"TP={tp}, commfuse, n-gram speculation", tp, (*one, "--speculate", "ngram")),
+    ]
+
+
+def demo(
+    tp: Annotated[int, typer.Option(help="Ranks that split each layer.")] = 2,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate in each row.")] = 64,
+    link: Annotated[
+        str | None, typer.Option(help="Emulated link for the rows with several ranks.")
+    ] = None,
+) -> None:
+    """Show the communication wall with a real model on this machine, in under a minute."""
+    from rich.console import Console
+    from rich.live import Live
+
+    from commfuse.models.smollm2 import ensure_smollm2
+
+    ensure_smollm2(typer.echo)
+    console = Console(highlight=False)
+    console.print(
+        "[bold]SmolLM2-135M-Instruct[/], bfloat16, one request. Every row generates the same "
+        f"{max_new_tokens} tokens;\neach process has one thread.\n"
+    )
+    done: list[tuple[_Row, dict]] = []
+    # Off a terminal the table is printed once, whole.
+    with Live(_table(done, link), console=console, auto_refresh=False) as live:
+        for row in _rows(tp):
+            result = _run(row, max_new_tokens, link if row.ranks > 1 else None)
+            done.append((row, result))
+            live.update(_table(done, link), refresh=console.is_terminal)
+    _print_floors(console, done, link)
+    console.print(f"\n[bold]The text[/] (the same in {_agreement(done)}):")
+    console.print(done[-1][1]["outputs"][0]["text"].strip(), style="italic", markup=False)
+
+
+def _run(row: _Row, max_new_tokens: int, link: str | None) -> dict:
+    """The JSON of one ``commfuse generate``."""
+    command = own_command(
+        "generate", "--model", "smollm2", "--prompt", PROMPT, "--chat", "--ignore-eos",
+        "--tp", str(row.ranks), "--max-new-tokens", str(max_new_tokens), "--json", *row.arguments,
+        *(("--link", link) if link else ()),
+    )  # fmt: skip
+    process = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if process.returncode:
+        raise CommfuseError(f"{row.name}: {process.stderr.strip() or 'failed'}")
+    return json.loads(process.stdout)
+
+
+def _table(done: list[tuple[_Row, dict]], link: str | None):
+    from rich.table import Table
+
+    title = f"emulated link: {link}" if link else None
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for heading in (
+        "tokens/s", "of ideal", "compute\nms/token", "commun.\nms/token", "all-reduces\nper token",
+        "bytes sent\nper token", "tokens\nper step",
+    ):  # fmt: skip
+        table.add_column(heading, justify="right")
+    for row, result in done:
+        stats = result["stats"]
+        rate, ideal = stats["tokens_per_second"], row.ranks * done[0][1]["stats"]["tokens_per_second"]
+        table.add_row(
+            row.name,
+            f"{rate:.1f}",
+            f"{rate / ideal:.0%}",
+            f"{stats['compute_ms_per_token']:.2f}",
+            f"{stats['communication_ms_per_token']:.2f}",
+            f"{stats['all_reduces_per_token']:.0f}",
+            f"{stats['bytes_per_token']:,.0f}",
+            f"{stats['accepted_per_step']:.2f}",
+        )
+    return table
+
+
+def _agreement(done: list[tuple[_Row, dict]]) -> str:
+    last = done[-1][1]["outputs"][0]["token_ids"]
+    same = sum(result["outputs"][0]["token_ids"] == last for _, result in done)
+    return "every row" if same == len(done) else f"{same} of {len(done)} rows"
+
+
+def _print_floors(console, done: list[tuple[_Row, dict]], link: str | None) -> None:
+    by_name = {row.name.partition(", ")[2] or row.name: result["stats"] for row, result in done}
+    one, gloo = by_name["one process"], by_name["gloo"]
+    fused, drafted = by_name["commfuse"], by_name["commfuse, n-gram speculation"]
+    floors = fused["floors"]
+    names = {
+        "arithmetic": floors["arithmetic_ms"],
+        "memory bandwidth": floors["memory_ms"],
+        "communication": floors["communication_ms"],
+    }
+    binding = max(names, key=names.get)
+    step = fused["compute_ms_per_token"] + fused["communication_ms_per_token"]
+    console.print("\n[bold]Floors[/] of a step of one rank, measured here:")
+    for name, milliseconds in names.items():
+        mark = "  <- binds" if name == binding else ""
+        console.print(f"  {name:<17} {milliseconds:6.2f} ms{mark}")
+    console.print(
+        f"  a step of commfuse takes {step:.2f} ms: {names[binding] / step:.0%} of it is that floor."
+    )
+    speeds = {name: stats["tokens_per_second"] for name, stats in by_name.items()}
+    base = one["tokens_per_second"]
+    ranks = fused["tp"]
+    wall = gloo["tokens_per_second"] / base
+    share = gloo["communication_ms_per_token"] / (
+        gloo["communication_ms_per_token"] + gloo["compute_ms_per_token"]
+    )
+    emulated = " (over an emulated link)" if link else ""
+    console.print(
+        f"\n[bold]Verdict[/]{emulated}: over gloo, {ranks} processes run at {wall:.2f}x the speed "
+        f"of one, since {share:.0%} of a token's time is communication: "
+        f"{'the wall' if wall < 1 else 'no wall here'}. With commfuse they run at "
+        f"{fused['tokens_per_second'] / base:.2f}x, and with speculation at "
+        f"{drafted['tokens_per_second'] / base:.2f}x; what remains is bound by {binding}. "
+        f"The fastest row is {max(speeds, key=speeds.get)!r}."
+    )

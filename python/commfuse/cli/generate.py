@@ -1,0 +1,187 @@
+"""``commfuse generate``: text from a model that is split over ranks."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from commfuse.cli.ranks import agree_on_tp, cores, run_again_as_ranks, started_ranks
+from commfuse.errors import UsageError
+from commfuse.runtime.link import Link, parse_links
+from commfuse.speculative.ngram import parse_drafter
+
+DTYPES = ("bfloat16", "float16", "float32")
+BACKENDS = ("auto", "torch")
+
+
+@dataclass(frozen=True)
+class _Options:
+    """The command line, checked."""
+
+    model: str
+    prompts: list[str]
+    chat: bool
+    ignore_eos: bool
+    tp: int
+    max_new_tokens: int
+    draft_length: int | None
+    dtype: str | None
+    links: dict[str, Link]
+    backend: str
+    threads: int
+    as_json: bool
+    floors: bool
+
+
+def generate(
+    prompt: Annotated[list[str], typer.Option("--prompt", help="Text to continue; repeatable.")],
+    model: Annotated[
+        str, typer.Option(help="smollm2, a Hugging Face directory, or a GGUF file.")
+    ] = "smollm2",
+    chat: Annotated[bool, typer.Option("--chat", help="Ask through the chat template.")] = False,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Do not stop at the end-of-sequence token.")
+    ] = False,
+    tp: Annotated[
+        int | None, typer.Option(help="Ranks that split each layer. [default: 1]")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="The most tokens to generate.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0: the most probable token.")] = 0.0,
+    speculate: Annotated[
+        str, typer.Option(help="off, ngram or ngram:K (at most K draft tokens a step).")
+    ] = "off",
+    dtype: Annotated[
+        str | None, typer.Option(help=f"{', '.join(DTYPES)}. [default: the checkpoint's]")
+    ] = None,
+    link: Annotated[
+        list[str] | None,
+        typer.Option(help="Emulated link: tp=nvlink4, pcie4, 100gbe, …, or latency_us:GB/s."),
+    ] = None,
+    backend: Annotated[
+        str, typer.Option(help="auto: our shared-memory kernels; torch: torch.distributed (gloo).")
+    ] = "auto",
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of each rank. [default: cores / ranks]")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object and nothing else.")
+    ] = False,
+    floors: Annotated[
+        bool, typer.Option("--floors", help="Measure the floors too: arithmetic, memory, exchange.")
+    ] = False,
+) -> None:
+    """Generate text with a model split over ranks that this command starts itself.
+
+    Under torchrun it runs on torchrun's ranks instead.
+    """
+    if temperature != 0:
+        raise UsageError(
+            f"--temperature {temperature:g}: only greedy decoding is available; use --temperature 0"
+        )
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype}: use {', '.join(DTYPES)}")
+    if backend not in BACKENDS:
+        raise UsageError(f"--backend {backend}: use {' or '.join(BACKENDS)}")
+    if max_new_tokens < 1:
+        raise UsageError(f"--max-new-tokens {max_new_tokens}: at least 1")
+    if threads is not None and threads < 1:
+        raise UsageError(f"--threads {threads}: at least 1")
+    ranks = agree_on_tp(tp)
+    options = _Options(
+        model=model,
+        prompts=prompt,
+        chat=chat,
+        ignore_eos=ignore_eos,
+        tp=ranks,
+        max_new_tokens=max_new_tokens,
+        draft_length=parse_drafter(speculate),
+        dtype=dtype,
+        links=parse_links(link or []),
+        backend=backend,
+        threads=threads or max(1, cores() // ranks),
+        as_json=as_json,
+        floors=floors,
+    )
+    if started_ranks() is not None or ranks == 1:
+        _run_rank(options)
+    else:
+        _check_model(options)
+        raise typer.Exit(run_again_as_ranks(ranks))
+
+
+def _model_path(model: str, as_json: bool) -> Path:
+    if model != "smollm2":
+        return Path(model)
+    from commfuse.models.smollm2 import ensure_smollm2
+
+    return ensure_smollm2(lambda line: typer.echo(line, err=as_json))
+
+
+def _check_model(options: _Options) -> None:
+    """Finds, before ranks are started, what they would all fail for."""
+    from commfuse.models.checkpoint import open_checkpoint
+    from commfuse.models.llama import check_parallelism
+
+    with open_checkpoint(_model_path(options.model, options.as_json)) as checkpoint:
+        check_parallelism(checkpoint.config, options.tp)
+
+
+def _run_rank(options: _Options) -> None:
+    import torch
+    import torch.distributed as dist
+
+    from commfuse.runtime.launch import join_job
+    from commfuse.runtime.mesh import init_mesh
+
+    torch.set_num_threads(options.threads)
+    if options.tp > 1:
+        join_job()
+    transport = "torch.distributed" if options.backend == "torch" else "auto"
+    try:
+        with init_mesh(tp=options.tp, links=options.links, transport=transport) as mesh:
+            _generate(options, mesh.tp)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _generate(options: _Options, comm) -> None:
+    import torch
+
+    from commfuse.cli.report import Report
+    from commfuse.generation import Generator
+    from commfuse.generation.floors import measure_floors
+    from commfuse.models.checkpoint import open_checkpoint
+    from commfuse.models.llama import Llama
+
+    with open_checkpoint(_model_path(options.model, options.as_json)) as checkpoint:
+        tokenizer = checkpoint.tokenizer()
+        if options.chat:
+            messages = [[{"role": "user", "content": text}] for text in options.prompts]
+            prompts = [tokenizer.encode_chat(chat) for chat in messages]
+        else:
+            prompts = [tokenizer.encode(text) for text in options.prompts]
+        dtype = getattr(torch, options.dtype) if options.dtype else None
+        model = Llama(checkpoint, comm, dtype)
+    generator = Generator(model)
+    stop_ids = () if options.ignore_eos else model.config.eos_token_ids
+    report = Report(comm, model, tokenizer, prompts, quiet=options.as_json or comm.rank > 0)
+    with report:
+        outputs, statistics = generator.generate(
+            prompts,
+            options.max_new_tokens,
+            stop_ids=stop_ids,
+            draft_length=options.draft_length,
+            on_tokens=report.add,
+        )
+    floors = measure_floors(model) if options.floors else None
+    if comm.rank > 0:
+        return
+    if options.as_json:
+        typer.echo(json.dumps(report.as_json(outputs, statistics, floors), ensure_ascii=False))
+    else:
+        report.print_summary(statistics, floors)
