@@ -5,6 +5,7 @@
 
 #include "cpu/kernel_table.h"
 #include "runtime/communicator.h"
+#include "runtime/huge_memory.h"
 #include "runtime/segment.h"
 
 namespace py = pybind11;
@@ -53,6 +54,8 @@ PYBIND11_MODULE(_C, m) {
   });
 
   m.def("cpu_isa", [] { return std::string(kernels().name); });
+  // uint8 [bytes] where packed weights would lie: what read_memory should be timed on.
+  m.def("huge_empty", [](int64_t bytes) { return huge_empty(bytes, at::kByte); });
   m.def("read_memory", [](const at::Tensor& x) {
     const py::gil_scoped_release unlocked;
     return kernels().read_memory(x.const_data_ptr(), x.nbytes());

@@ -1,6 +1,7 @@
 #include <cstring>
 
 #include "matmul/gemm.h"
+#include "runtime/huge_memory.h"
 
 namespace commfuse {
 namespace {
@@ -33,7 +34,7 @@ at::Tensor pack_weight(const at::Tensor& w) {
   TORCH_CHECK_VALUE(w.dim() == 2, "w has ", w.dim(), " dimensions, not 2 (out, in)");
   TORCH_CHECK_VALUE(w.stride(1) == 1 || w.size(1) <= 1, "the rows of w are not contiguous");
   const int64_t n = w.size(0), k = w.size(1);
-  at::Tensor out = at::empty({packed_elements(dtype, n, k)}, w.options());
+  at::Tensor out = huge_empty(packed_elements(dtype, n, k), w.options());
   if (dtype == DType::float32) {
     pack(static_cast<const uint32_t*>(w.const_data_ptr()), n, k, w.stride(0), 1,
          static_cast<uint32_t*>(out.mutable_data_ptr()));

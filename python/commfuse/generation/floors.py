@@ -65,8 +65,8 @@ def measure_floors(model: Llama) -> Floors:
         5.4
     """
     comm, dtype = model.comm, model.dtype
-    buffer = torch.ones(READ_BYTES // 4)
     native = _extension.require()
+    buffer = native.huge_empty(READ_BYTES).zero_()
     read = _median_seconds(lambda: native.read_memory(buffer), comm)
     del buffer
 
