@@ -1,0 +1,103 @@
+"""``commfuse bench``: measures an op, or the generation of text, against its alternatives."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from commfuse.cli.ranks import run_again_as_ranks, started_ranks
+from commfuse.errors import UsageError
+from commfuse.runtime.link import parse_links
+
+DTYPES = ("bfloat16", "float16", "float32")
+CASES = ("quick", "all")
+
+
+def bench(
+    op: Annotated[
+        str, typer.Argument(help="An op (all_reduce, matmul_all_reduce, …) or generate.")
+    ],
+    device: Annotated[str, typer.Option(help="cpu.")] = "cpu",
+    ranks: Annotated[
+        int | None, typer.Option(help="Ranks to start. [default: 2, or those of torchrun]")
+    ] = None,
+    backends: Annotated[
+        str | None,
+        typer.Option(help="Backends and peers, as in cpu,torch. [default: all that can run]"),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")] = "bfloat16",
+    cases: Annotated[str, typer.Option(help="quick, or all: more sizes.")] = "quick",
+    iterations: Annotated[
+        int | None,
+        typer.Option(help="Calls of each row (generate: runs). [default: about a second's worth]"),
+    ] = None,
+    link: Annotated[
+        list[str] | None,
+        typer.Option(help="Emulated link: tp=nvlink4, pcie4, 100gbe, …, or latency_us:GB/s."),
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="generate: smollm2, a Hugging Face directory, or a GGUF file.")
+    ] = "smollm2",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object a line and nothing else.")
+    ] = False,
+) -> None:
+    """Measure OP: results are checked first, then timed on the slowest rank.
+
+    This command starts its ranks itself; under torchrun an op is measured on torchrun's ranks.
+    """
+    started = started_ranks()
+    world_size = ranks or started or 2
+    if ranks is not None and ranks < 1:
+        raise UsageError(f"--ranks {ranks}: at least 1")
+    if started is not None and world_size != started:
+        raise UsageError(f"--ranks {ranks}, but the launcher has started {started} ranks")
+    if device != "cpu":
+        raise UsageError(f"--device {device}: no op has a kernel for it in this version; use cpu")
+    if dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype}: use {', '.join(DTYPES)}")
+    if cases not in CASES:
+        raise UsageError(f"--cases {cases}: use {' or '.join(CASES)}")
+    if iterations is not None and iterations < 1:
+        raise UsageError(f"--iterations {iterations}: at least 1")
+    links = parse_links(link or [])
+    names = _split(backends)
+    if op == "generate":
+        from commfuse.bench.generate import run_generate
+
+        if started is not None:
+            raise UsageError("bench generate starts its own ranks: run it without a launcher")
+        run_generate(model, world_size, names, dtype, iterations or 3, links.get("tp"), as_json)
+        return
+
+    from commfuse.bench.runner import Options, check_options, run_rank
+
+    options = Options(
+        op=op,
+        world_size=world_size,
+        backends=names,
+        dtype=dtype,
+        cases=cases,
+        iterations=iterations,
+        link=links.get("tp"),
+        as_json=as_json,
+    )
+    check_options(options)
+    if started is None and world_size > 1:
+        raise typer.Exit(run_again_as_ranks(world_size))
+    run_rank(options)
+
+
+def _split(names: str | None) -> tuple[str, ...] | None:
+    """The names in a comma-separated list, each once; None for no list.
+
+    Raises:
+        UsageError: the list is empty.
+    """
+    if names is None:
+        return None
+    found = tuple(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    if not found:
+        raise UsageError("--backends is empty; name some, as in cpu,torch")
+    return found

@@ -1,0 +1,94 @@
+"""What a test or a benchmark must know about an op: the interface; one subclass an op follows."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+
+from commfuse import ops
+from commfuse.runtime.communicator import Communicator
+from commfuse.testing.cases import Case
+
+Inputs = dict[str, Any]  # of one rank: tensors by name
+Outputs = tuple[torch.Tensor, ...]
+
+
+class Adapter:
+    """One op.
+
+    Attributes:
+        op: its name.
+        packs_weight: whether the ``cpu`` backend takes a packed weight, made by :meth:`prepare`.
+        exact: whether its results on inputs made with ``integers`` are exact.
+    """
+
+    op: ClassVar[str]
+    packs_weight: ClassVar[bool] = False
+    exact: ClassVar[bool] = False
+
+    def __init__(self, case: Case, dtype: torch.dtype, world_size: int):
+        self.case, self.dtype, self.world_size = case, dtype, world_size
+
+    def inputs(self, *, seed: int = 0, integers: bool = False) -> list[Inputs]:
+        """The inputs of every rank, in rank order.
+
+        Args:
+            seed: of the random numbers.
+            integers: small ones, whose sums are exact in every dtype and any order; for ops with
+                ``exact``.
+        """
+        if integers and not self.exact:
+            raise ValueError(f"{self.op} is not exact on integers")
+        generator = torch.Generator().manual_seed(seed)
+
+        def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
+            if integers:
+                bound = max(1, 128 // self.world_size)
+                drawn = torch.randint(-bound, bound + 1, shape, generator=generator)
+                return drawn.to(self.dtype)
+            return (torch.randn(shape, generator=generator) * scale).to(self.dtype)
+
+        return self.make(random)
+
+    def make(self, random) -> list[Inputs]:
+        """As :meth:`inputs`, from a source of random tensors ``random(*shape, scale=1.0)``."""
+        raise NotImplementedError
+
+    def prepare(self, inputs: Inputs, backend: str) -> Inputs:
+        """A rank's inputs as a backend takes them: what is done once, not in every call."""
+        if self.packs_weight and backend == "cpu":
+            return {**inputs, "w": ops.pack_weight(inputs["w"])}
+        return inputs
+
+    def call(self, inputs: Inputs, comm: Communicator, backend: str) -> Outputs:
+        """Calls the op on this rank with prepared inputs."""
+        raise NotImplementedError
+
+    def reference(self, inputs: list[Inputs]) -> Outputs:
+        """What all ranks should get, in float64."""
+        raise NotImplementedError
+
+    def composition(self, inputs: list[Inputs]) -> Outputs:
+        """The same by plain torch calls in the same dtype, the ranks' parts summed in order."""
+        raise NotImplementedError
+
+    def message_bytes(self) -> int:
+        """What each rank contributes to the communication of one call, bytes."""
+        return 0
+
+    def streamed_bytes(self) -> int:
+        """What each rank reads of its weight or KV cache in one call, bytes; 0 without either."""
+        return 0
+
+    def duplicate(self, inputs: Inputs, backend: str) -> Inputs:
+        """As :meth:`prepare`, with weights in memory of their own."""
+        own = {name: inputs[name].clone() for name in ("w", "up") if name in inputs}
+        return self.prepare({**inputs, **own}, backend)
+
+    def sum_in_order(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        """The parts added up in their own dtype, rounded after every addition."""
+        total = parts[0].clone()
+        for part in parts[1:]:
+            total += part
+        return total
