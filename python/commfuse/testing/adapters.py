@@ -230,7 +230,7 @@ class Attention(Adapter):
     def call(self, inputs, comm, backend):
         return (self._attend(inputs, slice(self.case["context"], None), backend),)
 
-    def _heads(self, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def heads(self, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         case = self.case
         sizes = [case[name] * case["head_dim"] for name in ("heads", "kv_heads", "kv_heads")]
         q, k, v = inputs["qkv"].split(sizes, dim=1)
@@ -240,11 +240,11 @@ class Attention(Adapter):
         group = self.case["heads"] // self.case["kv_heads"]
         kv_head_of = [head // group for head in range(self.case["heads"])]
         rotary = (inputs[0]["cos"], inputs[0]["sin"])
-        out = attention_reference(*self._heads(inputs[0]), *rotary, kv_head_of)
+        out = attention_reference(*self.heads(inputs[0]), *rotary, kv_head_of)
         return (out[self.case["context"] :],)
 
     def composition(self, inputs):
-        q, k, v = (x.transpose(0, 1) for x in self._heads(inputs[0]))  # [heads, length, dim]
+        q, k, v = (x.transpose(0, 1) for x in self.heads(inputs[0]))  # [heads, length, dim]
         cos, sin = (inputs[0][name].to(self.dtype) for name in ("cos", "sin"))
 
         def rotate(x: torch.Tensor) -> torch.Tensor:
