@@ -32,9 +32,12 @@ def _local_rows(tokens: torch.Tensor, w: Weight, vocab_begin: int) -> torch.Tens
     """Rows of this rank's shard, zero for the others' tokens."""
     if isinstance(w, PackedWeight):
         return torch.ops.commfuse.embedding_shard.default(tokens, w.data, w.n, w.k, vocab_begin)
+    if w.shape[0] == 0:
+        return w.new_zeros((tokens.shape[0], w.shape[1]))
     local = tokens - vocab_begin
     mine = (local >= 0) & (local < w.shape[0])
-    return F.embedding(torch.where(mine, local, 0), w) * mine[:, None]
+    rows = F.embedding(torch.where(mine, local, 0), w)
+    return rows.masked_fill(~mine[:, None], 0)  # not times 0: row 0 may hold inf or NaN
 
 
 def _with_backend(name: str):
