@@ -7,6 +7,9 @@
 #include "runtime/communicator.h"
 #include "runtime/huge_memory.h"
 #include "runtime/segment.h"
+#ifdef COMMFUSE_WITH_CUDA
+#include "runtime/gpu_links.h"
+#endif
 
 namespace py = pybind11;
 
@@ -62,6 +65,16 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("now_ns", &now_ns);
   m.attr("panel_columns") = kPanelColumns;
+
+#ifdef COMMFUSE_WITH_CUDA
+  py::class_<GpuLink>(m, "GpuLink")
+      .def_readonly("from_device", &GpuLink::from)
+      .def_readonly("to_device", &GpuLink::to)
+      .def_readonly("access", &GpuLink::access)
+      .def_readonly("native_atomics", &GpuLink::native_atomics)
+      .def_readonly("performance_rank", &GpuLink::performance_rank);
+  m.def("gpu_links", &gpu_links);
+#endif
 
   py::class_<SegmentServer>(m, "SegmentServer")
       .def(py::init([](int world, uint64_t payload_bytes, uint64_t workspace_bytes) {

@@ -6,9 +6,10 @@
 namespace commfuse {
 namespace {
 
-std::tuple<at::Tensor, at::Tensor> all_reduce_rms_norm(
-    const at::Tensor& x, const std::optional<at::Tensor>& residual, const at::Tensor& weight,
-    double eps, int64_t handle) {
+std::tuple<at::Tensor, at::Tensor> all_reduce_rms_norm(const at::Tensor& x,
+                                                       const std::optional<at::Tensor>& residual,
+                                                       const at::Tensor& weight, double eps,
+                                                       int64_t handle) {
   Communicator& communicator = Communicator::from_handle(handle);
   const DType dtype = dtype_of_tensor(x, "x");
   check_matrix(x, "x");

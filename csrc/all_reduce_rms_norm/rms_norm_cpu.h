@@ -19,8 +19,7 @@ void rms_norm_typed(const T* x, const T* weight, float eps, int64_t n, T* y) {
     const Vec v = load(x + whole, rest);
     squares = fma(v, v, squares);
   }
-  const Vec scale =
-      broadcast(1.0f / __builtin_sqrtf(sum(squares) / static_cast<float>(n) + eps));
+  const Vec scale = broadcast(1.0f / __builtin_sqrtf(sum(squares) / static_cast<float>(n) + eps));
   for (int64_t i = 0; i < whole; i += kLanes) {
     store(y + i, mul(mul(load(x + i), scale), load(weight + i)));
   }
@@ -39,8 +38,8 @@ inline void rms_norm(DType dtype, const void* x, const void* weight, float eps, 
       return rms_norm_typed(static_cast<const Float16*>(x), static_cast<const Float16*>(weight),
                             eps, n, static_cast<Float16*>(y));
     case DType::float32:
-      return rms_norm_typed(static_cast<const float*>(x), static_cast<const float*>(weight), eps,
-                            n, static_cast<float*>(y));
+      return rms_norm_typed(static_cast<const float*>(x), static_cast<const float*>(weight), eps, n,
+                            static_cast<float*>(y));
   }
 }
 

@@ -10,8 +10,8 @@ namespace {
 // V are appended before any token attends, so that the tokens of one sequence may come together.
 at::Tensor attention(const at::Tensor& qkv, const at::Tensor& k_cache, const at::Tensor& v_cache,
                      const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& sequences,
-                     const at::Tensor& positions, int64_t heads, int64_t head_offset,
-                     int64_t group, const std::optional<at::Tensor>& q_norm,
+                     const at::Tensor& positions, int64_t heads, int64_t head_offset, int64_t group,
+                     const std::optional<at::Tensor>& q_norm,
                      const std::optional<at::Tensor>& k_norm, double eps) {
   AttentionArgs args{};
   args.dtype = dtype_of_tensor(qkv, "qkv");
@@ -51,9 +51,9 @@ at::Tensor attention(const at::Tensor& qkv, const at::Tensor& k_cache, const at:
   for (int64_t t = 0; t < tokens; ++t) {
     TORCH_CHECK_VALUE(sequence[t] >= 0 && sequence[t] < v_cache.size(0), "sequences[", t, "] is ",
                       sequence[t], "; the cache holds ", v_cache.size(0));
-    TORCH_CHECK_VALUE(
-        position[t] >= 0 && position[t] < std::min(args.max_length, cos.size(0)), "positions[", t,
-        "] is ", position[t], "; the cache holds ", std::min(args.max_length, cos.size(0)));
+    TORCH_CHECK_VALUE(position[t] >= 0 && position[t] < std::min(args.max_length, cos.size(0)),
+                      "positions[", t, "] is ", position[t], "; the cache holds ",
+                      std::min(args.max_length, cos.size(0)));
     longest = std::max(longest, position[t] + 1);
   }
   args.k_cache = k_cache.mutable_data_ptr();

@@ -28,8 +28,7 @@ inline void rotate_head(T* head, const void* norm, const AttentionArgs& a, int64
 
 template <class T>
 inline T* cached_head(const AttentionArgs& a, void* cache, int64_t sequence, int64_t kv_head) {
-  return static_cast<T*>(cache) +
-         (sequence * a.kv_heads + kv_head) * a.max_length * a.head_dim;
+  return static_cast<T*>(cache) + (sequence * a.kv_heads + kv_head) * a.max_length * a.head_dim;
 }
 
 template <class T>
@@ -98,8 +97,7 @@ template <class T, int R = kTileRows>
 inline void attend_heads(int rows, const T* q, const T* k, const T* v, int64_t length, int64_t dim,
                          float scale, float* scratch, T* out) {
   if constexpr (R > 1) {
-    if (rows < R)
-      return attend_heads<T, R - 1>(rows, q, k, v, length, dim, scale, scratch, out);
+    if (rows < R) return attend_heads<T, R - 1>(rows, q, k, v, length, dim, scale, scratch, out);
   }
   const int64_t padded = round_up(length, kLanes);
   for (int64_t i = 0; i < padded; i += kLanes) {
@@ -110,8 +108,8 @@ inline void attend_heads(int rows, const T* q, const T* k, const T* v, int64_t l
 }
 
 template <class T>
-void attention_token_typed(const AttentionArgs& a, const T* qkv, int64_t sequence,
-                           int64_t position, int64_t kv_head, float* scratch, T* out) {
+void attention_token_typed(const AttentionArgs& a, const T* qkv, int64_t sequence, int64_t position,
+                           int64_t kv_head, float* scratch, T* out) {
   // The first and the last KV head of a rank may serve only part of a group.
   const int64_t first_group = a.head_offset / a.group;
   int64_t begin = (first_group + kv_head) * a.group - a.head_offset;
@@ -146,8 +144,8 @@ inline void attention_token(const AttentionArgs& a, const void* qkv, int64_t seq
       return attention_token_typed(a, static_cast<const BFloat16*>(qkv), sequence, position,
                                    kv_head, scratch, static_cast<BFloat16*>(out));
     case DType::float16:
-      return attention_token_typed(a, static_cast<const Float16*>(qkv), sequence, position,
-                                   kv_head, scratch, static_cast<Float16*>(out));
+      return attention_token_typed(a, static_cast<const Float16*>(qkv), sequence, position, kv_head,
+                                   scratch, static_cast<Float16*>(out));
     case DType::float32:
       return attention_token_typed(a, static_cast<const float*>(qkv), sequence, position, kv_head,
                                    scratch, static_cast<float*>(out));

@@ -28,43 +28,43 @@ enum class Activation : uint8_t {
 };
 
 struct GemmArgs {
-  DType dtype;            // of x, weights, bias
-  const void* x;          // [rows, k], row stride x_stride
-  int64_t x_stride;       // elements
+  DType dtype;       // of x, weights, bias
+  const void* x;     // [rows, k], row stride x_stride
+  int64_t x_stride;  // elements
   int64_t rows;
-  const void* weights;    // packed [n, k]
+  const void* weights;  // packed [n, k]
   int64_t n, k;
-  const void* bias;       // [n] or null
+  const void* bias;  // [n] or null
   Activation activation;
-  void* out;              // [rows, out_columns], row stride out_stride
-  int64_t out_stride;     // elements
-  int64_t out_columns;    // n, or the width of gate (n / 2 less its padding) for silu_mul
-  bool out_float32;       // out is float32 instead of dtype
+  void* out;            // [rows, out_columns], row stride out_stride
+  int64_t out_stride;   // elements
+  int64_t out_columns;  // n, or the width of gate (n / 2 less its padding) for silu_mul
+  bool out_float32;     // out is float32 instead of dtype
 };
 
 struct SumArgs {
   DType dtype;
   const void* const* sources;  // count pointers, added in this order
   int count;
-  const void* bias;            // or null
-  const void* residual;        // or null
+  const void* bias;      // or null
+  const void* residual;  // or null
   void* out;
   int64_t n;
 };
 
 struct AttentionArgs {
   DType dtype;
-  void* k_cache;         // [sequences, kv_heads, max_length / 16, head_dim / k_step, 16, k_step]
-  void* v_cache;         // [sequences, kv_heads, max_length, head_dim]
-  const float* cos;      // [max_length, head_dim / 2]
+  void* k_cache;     // [sequences, kv_heads, max_length / 16, head_dim / k_step, 16, k_step]
+  void* v_cache;     // [sequences, kv_heads, max_length, head_dim]
+  const float* cos;  // [max_length, head_dim / 2]
   const float* sin;
-  int64_t max_length;    // a multiple of 16
-  int64_t head_dim;      // a multiple of 16
+  int64_t max_length;  // a multiple of 16
+  int64_t head_dim;    // a multiple of 16
   int64_t heads, kv_heads;
-  int64_t head_offset;   // global index of the first query head
-  int64_t group;         // query heads per KV head in the whole model
+  int64_t head_offset;  // global index of the first query head
+  int64_t group;        // query heads per KV head in the whole model
   float scale;
-  const void* q_norm;    // [head_dim] or null (Qwen3)
+  const void* q_norm;  // [head_dim] or null (Qwen3)
   const void* k_norm;
   float eps;
 };
@@ -78,8 +78,8 @@ struct KernelTable {
   // Normalises and rotates the heads of one token's qkv row in place, appends its K and V.
   void (*attention_append)(const AttentionArgs&, void* qkv, int64_t sequence, int64_t position);
   // Attention of one token's query heads that share one KV head over positions 0..position.
-  void (*attention_token)(const AttentionArgs&, const void* qkv, int64_t sequence,
-                          int64_t position, int64_t kv_head, float* scratch, void* out);
+  void (*attention_token)(const AttentionArgs&, const void* qkv, int64_t sequence, int64_t position,
+                          int64_t kv_head, float* scratch, void* out);
   // The largest of n values and its lowest index; NaN (index of the first) if there is one.
   void (*argmax)(DType, const void* values, int64_t n, float* score, int64_t* index);
   // Reads memory and does nothing else: the bandwidth that a GEMM could reach.

@@ -20,8 +20,6 @@ inline Vec exponential(Vec x) {
   return times_power_of_two(p, n);
 }
 
-inline Vec silu(Vec x) {
-  return div(x, add(broadcast(1.0f), exponential(sub(zero(), x))));
-}
+inline Vec silu(Vec x) { return div(x, add(broadcast(1.0f), exponential(sub(zero(), x)))); }
 
 }  // namespace commfuse::COMMFUSE_ISA

@@ -7,7 +7,8 @@
 
 namespace commfuse::avx512 {
 
-constexpr int kTileRows = 6;  // 6 rows x 4 vectors of accumulators + 4 of weights: 28 of 32 registers
+constexpr int kTileRows =
+    6;  // 6 rows x 4 vectors of accumulators + 4 of weights: 28 of 32 registers
 constexpr int kTileVecs = 4;
 
 struct Vec {
@@ -34,7 +35,9 @@ inline Vec widen(__m256i bits, BFloat16) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
 }
 inline Vec widen(__m256i bits, Float16) { return {_mm512_cvtph_ps(bits)}; }
-inline __m256i narrow(Vec a, BFloat16) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a.v)); }
+inline __m256i narrow(Vec a, BFloat16) {
+  return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a.v));
+}
 inline __m256i narrow(Vec a, Float16) { return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT); }
 
 inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }

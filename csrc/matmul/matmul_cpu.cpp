@@ -85,8 +85,8 @@ GemmArgs gemm_args(const at::Tensor& x, const at::Tensor& weights, int64_t n) {
 
 void run_gemm(const GemmArgs& args, int64_t panel_begin, int64_t panel_end) {
   if (args.rows == 0) return;
-  const int64_t panel_bytes = kPanelColumns * args.k * static_cast<int64_t>(size_of(args.dtype)) *
-                              ((args.rows + 3) / 4);
+  const int64_t panel_bytes =
+      kPanelColumns * args.k * static_cast<int64_t>(size_of(args.dtype)) * ((args.rows + 3) / 4);
   const int64_t grain = std::max<int64_t>(1, kBytesPerThread / std::max<int64_t>(1, panel_bytes));
   at::parallel_for(panel_begin, panel_end, grain,
                    [&](int64_t begin, int64_t end) { kernels().gemm(args, begin, end); });

@@ -25,8 +25,8 @@ struct Packed<BFloat16> : PackedBFloat16 {};
 
 // acc[R][V] = x[R, k] times V vectors of a panel whose k-steps lie `step` elements apart.
 template <class T, int R, int V>
-inline void gemm_tile(const T* x, int64_t x_stride, const T* w, int64_t step, int64_t k,
-                      float* out, int64_t out_stride) {
+inline void gemm_tile(const T* x, int64_t x_stride, const T* w, int64_t step, int64_t k, float* out,
+                      int64_t out_stride) {
   using P = Packed<T>;
   // With one or two rows the loop waits for memory: ask for the lines some 2 KB ahead. With more,
   // the hardware prefetcher has time enough.
@@ -134,8 +134,7 @@ void gemm_typed(const GemmArgs& a, int64_t panel_begin, int64_t panel_end) {
         gemm_epilogue<T>(a, rows, vecs, column, tile,
                          static_cast<float*>(a.out) + row * a.out_stride);
       } else {
-        gemm_epilogue<T>(a, rows, vecs, column, tile,
-                         static_cast<T*>(a.out) + row * a.out_stride);
+        gemm_epilogue<T>(a, rows, vecs, column, tile, static_cast<T*>(a.out) + row * a.out_stride);
       }
     }
   }

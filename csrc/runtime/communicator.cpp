@@ -140,8 +140,7 @@ void Communicator::raise(Failure failure, int peer, int phase, int block, uint64
   std::abort();  // check() throws: the record is written
 }
 
-void Communicator::wait(int peer, int phase, int block, uint64_t expected,
-                        const Descriptor& mine) {
+void Communicator::wait(int peer, int phase, int block, uint64_t expected, const Descriptor& mine) {
   const Word& word = segment_->area(peer).words[generation_of(expected) % 2][phase][block];
   bool there = false;
   for (int i = 0; i < kFastPolls && !there; ++i) {

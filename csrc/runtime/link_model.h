@@ -13,9 +13,7 @@ struct LinkModel {
 
   explicit operator bool() const { return bytes_per_ns > 0; }
 
-  int64_t transfer_ns(double bytes) const {
-    return static_cast<int64_t>(bytes / bytes_per_ns);
-  }
+  int64_t transfer_ns(double bytes) const { return static_cast<int64_t>(bytes / bytes_per_ns); }
 };
 
 // A rank's one port: messages leave it one after the other, then travel for the latency.

@@ -37,8 +37,8 @@ struct alignas(kLine) Descriptor {
   int64_t shape[6] = {};
   int64_t reserved = 0;
 
-  uint16_t tag() const;        // 16-bit digest, never 0
-  std::string str() const;     // "all_reduce bfloat16[4, 4096]"
+  uint16_t tag() const;     // 16-bit digest, never 0
+  std::string str() const;  // "all_reduce bfloat16[4, 4096]"
 };
 static_assert(sizeof(Descriptor) == kLine);
 

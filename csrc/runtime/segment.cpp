@@ -228,10 +228,9 @@ Segment::~Segment() {
 void Segment::map(int memory_fd, uint64_t bytes) {
   void* base = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, memory_fd, 0);
   if (base == MAP_FAILED) {
-    throw std::runtime_error("too little address space: " + mebibytes(bytes) + " (" +
-                             std::to_string(bytes) +
-                             " bytes) of shared memory could not be mapped: " +
-                             std::strerror(errno));
+    throw std::runtime_error(
+        "too little address space: " + mebibytes(bytes) + " (" + std::to_string(bytes) +
+        " bytes) of shared memory could not be mapped: " + std::strerror(errno));
   }
   base_ = static_cast<std::byte*>(base);
   bytes_ = bytes;

@@ -19,8 +19,7 @@ inline DType dtype_of_tensor(const at::Tensor& x, const char* name) {
     case at::kFloat:
       return DType::float32;
     default:
-      TORCH_CHECK_VALUE(false, name, " is ", x.scalar_type(),
-                        "; use bfloat16, float16 or float32");
+      TORCH_CHECK_VALUE(false, name, " is ", x.scalar_type(), "; use bfloat16, float16 or float32");
   }
 }
 

@@ -13,9 +13,9 @@ std::tuple<at::Tensor, at::Tensor> verify_chain(const at::Tensor& logits, const 
                                                 int64_t vocab_begin, int64_t handle) {
   Communicator& communicator = Communicator::from_handle(handle);
   check_matrix(logits, "logits");
-  TORCH_CHECK_VALUE(drafts.scalar_type() == at::kLong && drafts.dim() == 2 &&
-                        drafts.is_contiguous(),
-                    "drafts is not a contiguous int64 [batch, longest draft]");
+  TORCH_CHECK_VALUE(
+      drafts.scalar_type() == at::kLong && drafts.dim() == 2 && drafts.is_contiguous(),
+      "drafts is not a contiguous int64 [batch, longest draft]");
   const int64_t batch = drafts.size(0), longest = drafts.size(1);
   TORCH_CHECK_VALUE(draft_lengths.scalar_type() == at::kLong && draft_lengths.dim() == 1 &&
                         draft_lengths.size(0) == batch && draft_lengths.is_contiguous(),

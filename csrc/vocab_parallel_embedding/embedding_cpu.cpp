@@ -9,9 +9,9 @@ namespace {
 at::Tensor embedding_shard(const at::Tensor& tokens, const at::Tensor& weights, int64_t n,
                            int64_t k, int64_t vocab_begin) {
   const DType dtype = dtype_of_tensor(weights, "the packed weight");
-  TORCH_CHECK_VALUE(tokens.scalar_type() == at::kLong && tokens.dim() == 1 &&
-                        tokens.is_contiguous(),
-                    "tokens is not a contiguous int64 [rows]");
+  TORCH_CHECK_VALUE(
+      tokens.scalar_type() == at::kLong && tokens.dim() == 1 && tokens.is_contiguous(),
+      "tokens is not a contiguous int64 [rows]");
   check_matches(weights, weights, {packed_elements(dtype, n, k)}, "the packed weight");
   at::Tensor out = at::zeros({tokens.size(0), k}, weights.options());
   const int64_t k_step = dtype == DType::bfloat16 ? 2 : 1, k_padded = packed_k(dtype, k);

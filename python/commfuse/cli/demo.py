@@ -77,7 +77,7 @@ def _run(row: _Row, max_new_tokens: int, link: str | None) -> dict:
         "--tp", str(row.ranks), "--max-new-tokens", str(max_new_tokens), "--json", *row.arguments,
         *(("--link", link) if link else ()),
     )  # fmt: skip
-    process = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.run(command, capture_output=True, text=True)
     if process.returncode:
         raise CommfuseError(f"{row.name}: {process.stderr.strip() or 'failed'}")
     return json.loads(process.stdout)
@@ -96,7 +96,10 @@ def _table(done: list[tuple[_Row, dict]], link: str | None):
         table.add_column(heading, justify="right")
     for row, result in done:
         stats = result["stats"]
-        rate, ideal = stats["tokens_per_second"], row.ranks * done[0][1]["stats"]["tokens_per_second"]
+        rate, ideal = (
+            stats["tokens_per_second"],
+            row.ranks * done[0][1]["stats"]["tokens_per_second"],
+        )
         table.add_row(
             row.name,
             f"{rate:.1f}",
@@ -133,7 +136,7 @@ def _print_floors(console, done: list[tuple[_Row, dict]], link: str | None) -> N
         mark = "  <- binds" if name == binding else ""
         console.print(f"  {name:<17} {milliseconds:6.2f} ms{mark}")
     console.print(
-        f"  a step of commfuse takes {step:.2f} ms: {names[binding] / step:.0%} of it is that floor."
+        f"  a step of commfuse takes {step:.2f} ms; that floor is {names[binding] / step:.0%} of it."
     )
     speeds = {name: stats["tokens_per_second"] for name, stats in by_name.items()}
     base = one["tokens_per_second"]

@@ -56,6 +56,12 @@ def _median_seconds(call, comm) -> float:
     return statistics.median(times)
 
 
+def _read_seconds(comm) -> float:
+    native = _extension.require()
+    buffer = native.huge_empty(READ_BYTES).zero_()
+    return _median_seconds(lambda: native.read_memory(buffer), comm)
+
+
 @torch.inference_mode()
 def measure_floors(model: Llama) -> Floors:
     """Measures the floors on all ranks of a model at once; takes about a second.
@@ -65,11 +71,7 @@ def measure_floors(model: Llama) -> Floors:
         5.4
     """
     comm, dtype = model.comm, model.dtype
-    native = _extension.require()
-    buffer = native.huge_empty(READ_BYTES).zero_()
-    read = _median_seconds(lambda: native.read_memory(buffer), comm)
-    del buffer
-
+    read = _read_seconds(comm)
     x = torch.randn(GEMM_ROWS, GEMM_K).to(dtype)
     weight = ops.pack_weight(torch.randn(GEMM_N, GEMM_K).to(dtype))
     gemm = _median_seconds(lambda: ops.matmul(x, weight), comm)

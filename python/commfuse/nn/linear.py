@@ -76,9 +76,7 @@ class RowParallelLinear(nn.Module):
         >>> h, residual = RowParallelLinear(weight, comm)(x, residual, norm_weight, eps)
     """
 
-    def __init__(
-        self, weight: torch.Tensor, comm: Communicator, bias: torch.Tensor | None = None
-    ):
+    def __init__(self, weight: torch.Tensor, comm: Communicator, bias: torch.Tensor | None = None):
         super().__init__()
         self.weight = _prepare(weight)
         self.comm = comm

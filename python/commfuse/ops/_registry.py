@@ -1,4 +1,4 @@
-"""Backends as data: which of an op's implementations can serve a call, and why the others cannot."""
+"""Backends as data: which implementation of an op can serve a call, and why the others cannot."""
 
 from __future__ import annotations
 

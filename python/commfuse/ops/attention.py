@@ -83,7 +83,7 @@ def attention(
         qkv: [tokens, (heads + 2 kv_heads) * dim], not yet rotated; dim a multiple of 16.
         caches: K and V, [sequences, kv_heads, max_length, dim] each, of qkv's dtype; max_length a
             multiple of 16. Written. K is in an order of its own.
-        rotary: cos and sin, float32 [positions, dim / 2] (rotate-half; Su et al., "RoFormer", 2021).
+        rotary: cos and sin, float32 [positions, dim / 2] (rotate-half; Su et al., "RoFormer").
         sequences: int64 [tokens], the cache's sequence of each token.
         positions: int64 [tokens].
         heads: (query heads of this rank, global index of the first, query heads per KV head in the

@@ -114,9 +114,7 @@ def pack_gate_up(gate: torch.Tensor, up: torch.Tensor) -> PackedWeight:
 Weight = torch.Tensor | PackedWeight
 
 
-def reference(
-    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None
-) -> torch.Tensor:
+def reference(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x wᵀ + bias in float64."""
     product = x.double() @ w.double().T
     return product if bias is None else product + bias.double()

@@ -277,7 +277,9 @@ class Communicator:
         Kinds: ``computed`` (the slice's GEMM is done), ``published`` (peers may read it),
         ``arrived`` (every peer's is there), ``reduced``.
         """
-        return [(event.time_ns, event.kind.name, event.block) for event in self._native.stop_trace()]
+        return [
+            (event.time_ns, event.kind.name, event.block) for event in self._native.stop_trace()
+        ]
 
     def close(self) -> None:
         """Leaves the group. Peers that wait for this rank are told; memory is released."""

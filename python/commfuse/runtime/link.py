@@ -90,6 +90,8 @@ def parse_links(texts: list[str]) -> dict[str, Link]:
         dimension, equals, value = text.rpartition("=")
         dimension = dimension if equals else "tp"
         if dimension != "tp":
-            raise UsageError(f"--link {text}: {dimension!r} is no dimension of the mesh; use tp=LINK")
+            raise UsageError(
+                f"--link {text}: {dimension!r} is no dimension of the mesh; use tp=LINK"
+            )
         links[dimension] = parse_link(value)
     return links

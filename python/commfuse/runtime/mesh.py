@@ -15,7 +15,7 @@ from commfuse.runtime.link import Link
 
 @dataclass(frozen=True)
 class Mesh:
-    """A pp × tp mesh of ranks, and this rank's communicators in it.
+    """A pp x tp mesh of ranks, and this rank's communicators in it.
 
     Attributes:
         device_mesh: torch's mesh, dimensions ``("pp", "tp")``; None for a single process that was
@@ -58,7 +58,7 @@ def init_mesh(
         communicator_options: passed to every :class:`Communicator`.
 
     Raises:
-        UsageError: tp × pp is not the number of ranks that were started.
+        UsageError: tp x pp is not the number of ranks that were started.
 
     Example:
         >>> with init_mesh(tp=2) as mesh:      # under torchrun --nproc-per-node 2
