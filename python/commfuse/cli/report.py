@@ -141,8 +141,10 @@ class Report:
 
     def print_summary(self, statistics: GenerationStatistics, floors: Floors | None) -> None:
         """The table below the text."""
-        table = Table(show_header=False, title_justify="left", title=repr(self.comm))
+        table = Table(show_header=False)
+        emulated = f", emulated {self.comm.link.name}" if self.comm.link else ""
         rows = [
+            ("ranks", f"{self.comm.world_size} ({self.comm.transport}{emulated})"),
             ("tokens/s (decoding)", f"{statistics.tokens_per_second:.1f}"),
             ("time to first token", f"{statistics.ttft_seconds * 1e3:.0f} ms"),
             ("compute per token", f"{statistics.compute_ms_per_token:.2f} ms"),
@@ -152,7 +154,6 @@ class Report:
         ]
         if floors is not None:
             rows += [(f"floor: {name}", f"{ms:.2f} ms per step") for name, ms in floors.items()]
-        emulated = " (emulated link)" if self.comm.emulated else ""
         for name, value in rows:
-            table.add_row(name + emulated, value)
+            table.add_row(name, value)
         self.console.print(table)
