@@ -1,7 +1,7 @@
 // GEMM for few rows: y = x w^T over packed weights, which stream from memory once, in order.
 //
-// Every output is one sum over k in ascending order whatever the number of rows, so that a row's
-// bits do not depend on its batch.
+// Every output is summed over k in the same order whatever the number of rows, so that a row's bits
+// do not depend on its batch.
 #pragma once
 
 #include "cpu/kernel_table.h"
@@ -23,10 +23,15 @@ struct Packed {
 template <>
 struct Packed<BFloat16> : PackedBFloat16 {};
 
-// acc[R][V] = x[R, k] times V vectors of a panel whose k-steps lie `step` elements apart.
-template <class T, int R, int V>
-inline void gemm_tile(const T* x, int64_t x_stride, const T* w, int64_t step, int64_t k, float* out,
-                      int64_t out_stride) {
+// float32 products summed in one run: longer sums are put together from runs, since the rounding
+// error of a run grows with its length, and beyond what torch's GEMM errs. The narrow types lose
+// more when their result is rounded.
+constexpr int64_t kFloatRun = 32;
+
+// out[R][V] (+)= x[R, k] times V vectors of a panel whose k-steps lie `step` elements apart.
+template <class T, int R, int V, bool kAdd>
+inline void gemm_run(const T* x, int64_t x_stride, const T* w, int64_t step, int64_t k, float* out,
+                     int64_t out_stride) {
   using P = Packed<T>;
   // With one or two rows the loop waits for memory: ask for the lines some 2 KB ahead. With more,
   // the hardware prefetcher has time enough.
@@ -55,8 +60,27 @@ inline void gemm_tile(const T* x, int64_t x_stride, const T* w, int64_t step, in
       }
     }
   }
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) store(out + r * out_stride + v * kLanes, acc[r][v]);
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < V; ++v) {
+      float* target = out + r * out_stride + v * kLanes;
+      store(target, kAdd ? add(load(target), acc[r][v]) : acc[r][v]);
+    }
+  }
+}
+
+// The same, written, for any k.
+template <class T, int R, int V>
+inline void gemm_tile(const T* x, int64_t x_stride, const T* w, int64_t step, int64_t k, float* out,
+                      int64_t out_stride) {
+  constexpr bool kRuns = dtype_of<T>::value == DType::float32;
+  int64_t run = kRuns && k > kFloatRun ? kFloatRun : k;
+  gemm_run<T, R, V, false>(x, x_stride, w, step, run, out, out_stride);
+  if constexpr (kRuns) {
+    for (int64_t i = run; i < k; i += run) {
+      run = k - i < kFloatRun ? k - i : kFloatRun;
+      gemm_run<T, R, V, true>(x + i, x_stride, w + i * step, step, run, out, out_stride);
+    }
+  }
 }
 
 // A row tile of a whole panel, in pieces of as many vectors as the registers hold.
