@@ -95,17 +95,21 @@ class Op:
                 reasons[candidate.name] = "chosen"
         return Explanation(self.name, chosen, reasons)
 
-    def select(self, backend: str, comm: Communicator | None, query: Query) -> Callable[..., Any]:
-        """The implementation that serves this query.
+    def select(
+        self, backend: str, comm: Communicator | None, x: torch.Tensor, packed: bool | None = None
+    ) -> Callable[..., Any]:
+        """The implementation that serves a call with activations ``x``.
 
         Raises:
             BackendUnavailable: there is none, or not the one asked for; the message lists why, and
                 what is available.
         """
         cache = comm.backends if comm is not None else _LOCAL_CHOICES
-        key = (self.name, backend, query)
+        # This runs in every call of a decoding step: no Query is made where the choice is known.
+        key = (self.name, backend, x.is_cpu, x.dtype, packed)
         run = cache.get(key)
         if run is None:
+            query = Query(x.device.type, x.dtype, packed)
             explanation = self.explain(backend, comm, query)
             if explanation.backend is None:
                 asked = "no backend" if backend == "auto" else f"backend {backend!r}"
@@ -144,8 +148,10 @@ def torch_obstacle(comm: Communicator | None, query: Query) -> str | None:
     return None
 
 
-def define(schema: str, fake: Callable[..., Any]) -> None:
+def define(schema: str, fake: Callable[..., Any]) -> torch._ops.OpOverload:
     """Defines ``torch.ops.commfuse.NAME`` with its schema and its shape-only implementation."""
-    name = schema.partition("(")[0]
+    name, _, overload = schema.partition("(")[0].partition(".")
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"commfuse::{name}", fake, lib=LIBRARY)
+    full_name = f"commfuse::{name}.{overload}" if overload else f"commfuse::{name}"
+    torch.library.register_fake(full_name, fake, lib=LIBRARY)
+    return getattr(getattr(torch.ops.commfuse, name), overload or "default")

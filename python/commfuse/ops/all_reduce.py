@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from commfuse.ops._registry import Backend, Op, Query, cpu_obstacle, define, torch_obstacle
+from commfuse.ops._registry import Backend, Op, cpu_obstacle, define, torch_obstacle
 from commfuse.ops._triton import all_reduce_triton, triton_obstacle
 from commfuse.runtime.communicator import Communicator
 
@@ -15,7 +15,7 @@ def _fake(x: torch.Tensor, communicator: int) -> torch.Tensor:
     return torch.empty_like(x)
 
 
-define("all_reduce(Tensor x, int communicator) -> Tensor", _fake)
+_all_reduce = define("all_reduce(Tensor x, int communicator) -> Tensor", _fake)
 
 
 def reference(xs: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -24,7 +24,7 @@ def reference(xs: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _cpu(x: torch.Tensor, comm: Communicator) -> torch.Tensor:
-    return torch.ops.commfuse.all_reduce.default(x, comm.handle)
+    return _all_reduce(x, comm.handle)
 
 
 def _torch(x: torch.Tensor, comm: Communicator) -> torch.Tensor:
@@ -65,4 +65,4 @@ def all_reduce(x: torch.Tensor, comm: Communicator, backend: str = "auto") -> to
         >>> all_reduce(torch.ones(4), comm)      # on each of two ranks
         tensor([2., 2., 2., 2.])
     """
-    return OP.select(backend, comm, Query(x.device.type, x.dtype))(x, comm)
+    return OP.select(backend, comm, x)(x, comm)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from commfuse.ops._registry import Backend, Op, Query, cpu_obstacle, define, torch_obstacle
+from commfuse.ops._registry import Backend, Op, cpu_obstacle, define, torch_obstacle
 from commfuse.runtime.communicator import Communicator
 
 
@@ -15,7 +15,7 @@ def _fake(x, residual, weight, eps, communicator):
     return torch.empty_like(x), torch.empty_like(x)
 
 
-define(
+_all_reduce_rms_norm = define(
     "all_reduce_rms_norm(Tensor x, Tensor? residual, Tensor weight, float eps, int communicator)"
     " -> (Tensor, Tensor)",
     _fake,
@@ -34,7 +34,7 @@ def reference(
 
 
 def _cpu(x, residual, weight, eps, comm):
-    return torch.ops.commfuse.all_reduce_rms_norm.default(x, residual, weight, eps, comm.handle)
+    return _all_reduce_rms_norm(x, residual, weight, eps, comm.handle)
 
 
 def _torch(x, residual, weight, eps, comm):
@@ -80,5 +80,5 @@ def all_reduce_rms_norm(
     Example:
         >>> y, residual = all_reduce_rms_norm(x, residual, weight, 1e-5, comm)
     """
-    run = OP.select(backend, comm, Query(x.device.type, x.dtype))
+    run = OP.select(backend, comm, x)
     return run(x, residual, weight, eps, comm)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from commfuse.ops._registry import Backend, Op, Query, cpu_obstacle, define
+from commfuse.ops._registry import Backend, Op, cpu_obstacle, define
 
 
 def _fake(
@@ -14,7 +14,7 @@ def _fake(
     return qkv.new_empty((qkv.shape[0], heads * v_cache.shape[3]))
 
 
-define(
+_attention = define(
     "attention(Tensor qkv, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cos, Tensor sin,"
     " Tensor sequences, Tensor positions, int heads, int head_offset, int group, Tensor? q_norm,"
     " Tensor? k_norm, float eps) -> Tensor",
@@ -53,9 +53,7 @@ def reference(
 
 
 def _cpu(qkv, caches, rotary, sequences, positions, heads, norms, eps):
-    return torch.ops.commfuse.attention.default(
-        qkv, *caches, *rotary, sequences, positions, *heads, *norms, eps
-    )
+    return _attention(qkv, *caches, *rotary, sequences, positions, *heads, *norms, eps)
 
 
 OP = Op("attention", (Backend("cpu", _cpu, cpu_obstacle),))
@@ -100,5 +98,5 @@ def attention(
     Example:
         >>> y = attention(qkv, (k, v), (cos, sin), sequences, positions, (9, 0, 3))
     """
-    run = OP.select(backend, None, Query(qkv.device.type, qkv.dtype))
+    run = OP.select(backend, None, qkv)
     return run(qkv, caches, rotary, sequences, positions, heads, norms, eps)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from commfuse import _extension
-from commfuse.ops._registry import Backend, Op, Query, cpu_obstacle, define, torch_obstacle
+from commfuse.ops._registry import Backend, Op, cpu_obstacle, define, torch_obstacle
 
 # Of csrc/cpu/kernel_table.h: outputs of one vector.
 LANES = 16
@@ -28,8 +28,8 @@ def _matmul_fake(x, weight, n, bias, silu_mul, out_columns, out_float32):
     return x.new_empty((x.shape[0], out_columns), dtype=dtype)
 
 
-define("pack_weight(Tensor w) -> Tensor", _pack_fake)
-define(
+_pack_weight = define("pack_weight(Tensor w) -> Tensor", _pack_fake)
+_matmul = define(
     "matmul(Tensor x, Tensor weight, int n, Tensor? bias, bool silu_mul, int out_columns,"
     " bool out_float32) -> Tensor",
     _matmul_fake,
@@ -87,7 +87,7 @@ def pack_weight(w: torch.Tensor) -> PackedWeight:
         torch.Size([rows, 4096])
     """
     _extension.require()
-    return PackedWeight(torch.ops.commfuse.pack_weight.default(w), *w.shape, w.shape[0])
+    return PackedWeight(_pack_weight(w), *w.shape, w.shape[0])
 
 
 def pack_gate_up(gate: torch.Tensor, up: torch.Tensor) -> PackedWeight:
@@ -107,7 +107,7 @@ def pack_gate_up(gate: torch.Tensor, up: torch.Tensor) -> PackedWeight:
         rows = half.new_zeros((padded, k))
         rows[:features] = half
         pairs[:, index] = rows.view(padded // LANES, LANES, k)
-    data = torch.ops.commfuse.pack_weight.default(pairs.view(2 * padded, k))
+    data = _pack_weight(pairs.view(2 * padded, k))
     return PackedWeight(data, 2 * padded, k, features, gate_up=True)
 
 
@@ -121,9 +121,7 @@ def reference(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None
 
 
 def _cpu(x, w, bias, float32_out):
-    return torch.ops.commfuse.matmul.default(
-        x, w.data, w.n, bias, w.gate_up, w.out_features, float32_out
-    )
+    return _matmul(x, w.data, w.n, bias, w.gate_up, w.out_features, float32_out)
 
 
 def _torch(x, w, bias, float32_out):
@@ -162,5 +160,5 @@ def matmul(
     Example:
         >>> y = matmul(x, pack_weight(w))
     """
-    query = Query(x.device.type, x.dtype, isinstance(w, PackedWeight))
-    return OP.select(backend, None, query)(x, w, bias, float32_out)
+    run = OP.select(backend, None, x, isinstance(w, PackedWeight))
+    return run(x, w, bias, float32_out)

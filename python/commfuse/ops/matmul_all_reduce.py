@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from commfuse.ops._registry import Backend, Op, Query, cpu_obstacle, define, torch_obstacle
+from commfuse.ops._registry import Backend, Op, cpu_obstacle, define, torch_obstacle
 from commfuse.ops.matmul import PackedWeight, Weight, matmul
 from commfuse.ops.matmul import reference as matmul_reference
 from commfuse.runtime.communicator import Communicator
@@ -21,12 +21,12 @@ def _fake_rms_norm(x, weight, n, communicator, bias, residual, norm_weight, eps)
     return x.new_empty((x.shape[0], n)), x.new_empty((x.shape[0], n))
 
 
-define(
+_matmul_all_reduce = define(
     "matmul_all_reduce(Tensor x, Tensor weight, int n, int communicator, Tensor? bias,"
     " Tensor? residual) -> Tensor",
     _fake,
 )
-define(
+_matmul_all_reduce_rms_norm = define(
     "matmul_all_reduce.rms_norm(Tensor x, Tensor weight, int n, int communicator, Tensor? bias,"
     " Tensor? residual, Tensor norm_weight, float eps) -> (Tensor, Tensor)",
     _fake_rms_norm,
@@ -54,10 +54,8 @@ def reference(
 
 def _cpu(x, w, comm, bias, residual, norm_weight, eps):
     if norm_weight is None:
-        return torch.ops.commfuse.matmul_all_reduce.default(
-            x, w.data, w.n, comm.handle, bias, residual
-        )
-    return torch.ops.commfuse.matmul_all_reduce.rms_norm(
+        return _matmul_all_reduce(x, w.data, w.n, comm.handle, bias, residual)
+    return _matmul_all_reduce_rms_norm(
         x, w.data, w.n, comm.handle, bias, residual, norm_weight, eps
     )
 
@@ -115,6 +113,5 @@ def matmul_all_reduce(
     Example:
         >>> y, residual = matmul_all_reduce(x, w, comm, residual=residual, norm_weight=g, eps=1e-5)
     """
-    query = Query(x.device.type, x.dtype, isinstance(w, PackedWeight))
-    run = OP.select(backend, comm, query)
+    run = OP.select(backend, comm, x, isinstance(w, PackedWeight))
     return run(x, w, comm, bias, residual, norm_weight, eps)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from commfuse.ops._registry import Backend, Op, Query, cpu_obstacle, define, torch_obstacle
+from commfuse.ops._registry import Backend, Op, cpu_obstacle, define, torch_obstacle
 from commfuse.ops.vocab_parallel_argmax import reference as argmax_reference
 from commfuse.ops.vocab_parallel_argmax import torch_argmax
 from commfuse.runtime.communicator import Communicator
@@ -17,7 +17,7 @@ def _fake(logits, drafts, draft_lengths, vocab_begin, communicator):
     return drafts.new_empty((batch, longest + 1)), drafts.new_empty(batch)
 
 
-define(
+_verify_chain = define(
     "verify_chain(Tensor logits, Tensor drafts, Tensor draft_lengths, int vocab_begin,"
     " int communicator) -> (Tensor, Tensor)",
     _fake,
@@ -50,9 +50,7 @@ def reference(
 
 
 def _cpu(logits, drafts, draft_lengths, vocab_begin, comm):
-    return torch.ops.commfuse.verify_chain.default(
-        logits, drafts, draft_lengths, vocab_begin, comm.handle
-    )
+    return _verify_chain(logits, drafts, draft_lengths, vocab_begin, comm.handle)
 
 
 def _torch(logits, drafts, draft_lengths, vocab_begin, comm):
@@ -94,11 +92,11 @@ def verify_chain(
         next token behind them, -1 beyond; int64 [batch], how many drafts were accepted.
 
     Raises:
-        RuntimeError: a row is NaN, infinite, or -inf throughout; all ranks raise it.
+        CommfuseError: a row is NaN, infinite, or -inf throughout; all ranks raise it.
         CommunicatorError, BackendUnavailable: as :func:`~commfuse.ops.all_reduce`.
 
     Example:
         >>> tokens, accepted = verify_chain(logits, drafts, lengths, vocab_begin, comm)
     """
-    run = OP.select(backend, comm, Query(logits.device.type, logits.dtype))
+    run = OP.select(backend, comm, logits)
     return run(logits, drafts, draft_lengths, vocab_begin, comm)

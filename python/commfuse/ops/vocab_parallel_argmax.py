@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from commfuse.errors import CommfuseError
-from commfuse.ops._registry import Backend, Op, Query, cpu_obstacle, define, torch_obstacle
+from commfuse.ops._registry import Backend, Op, cpu_obstacle, define, torch_obstacle
 from commfuse.runtime.communicator import Communicator
 
 
@@ -15,7 +15,9 @@ def _fake(logits, vocab_begin, communicator):
     return logits.new_empty(logits.shape[0], dtype=torch.int64)
 
 
-define("vocab_parallel_argmax(Tensor logits, int vocab_begin, int communicator) -> Tensor", _fake)
+_vocab_parallel_argmax = define(
+    "vocab_parallel_argmax(Tensor logits, int vocab_begin, int communicator) -> Tensor", _fake
+)
 
 
 def reference(shards: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -26,7 +28,7 @@ def reference(shards: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _cpu(logits, vocab_begin, comm):
-    return torch.ops.commfuse.vocab_parallel_argmax.default(logits, vocab_begin, comm.handle)
+    return _vocab_parallel_argmax(logits, vocab_begin, comm.handle)
 
 
 def torch_argmax(logits: torch.Tensor, vocab_begin: int, comm: Communicator) -> torch.Tensor:
@@ -70,11 +72,11 @@ def vocab_parallel_argmax(
         int64 [rows], equal on all ranks.
 
     Raises:
-        RuntimeError: a row is NaN, infinite, or -inf throughout; all ranks raise it.
+        CommfuseError: a row is NaN, infinite, or -inf throughout; all ranks raise it.
         CommunicatorError, BackendUnavailable: as :func:`~commfuse.ops.all_reduce`.
 
     Example:
         >>> tokens = vocab_parallel_argmax(logits, comm.rank * shard, comm)
     """
-    run = OP.select(backend, comm, Query(logits.device.type, logits.dtype))
+    run = OP.select(backend, comm, logits)
     return run(logits, vocab_begin, comm)

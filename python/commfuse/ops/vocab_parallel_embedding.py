@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from commfuse.ops._registry import Backend, Op, Query, cpu_obstacle, define, torch_obstacle
+from commfuse.ops._registry import Backend, Op, cpu_obstacle, define, torch_obstacle
 from commfuse.ops.all_reduce import all_reduce
 from commfuse.ops.all_reduce_rms_norm import all_reduce_rms_norm
 from commfuse.ops.matmul import PackedWeight, Weight
@@ -18,7 +18,7 @@ def _fake(tokens, weight, n, k, vocab_begin):
     return weight.new_empty((tokens.shape[0], k))
 
 
-define(
+_embedding_shard = define(
     "embedding_shard(Tensor tokens, Tensor weight, int n, int k, int vocab_begin) -> Tensor", _fake
 )
 
@@ -31,7 +31,7 @@ def reference(tokens: torch.Tensor, shards: Sequence[torch.Tensor]) -> torch.Ten
 def _local_rows(tokens: torch.Tensor, w: Weight, vocab_begin: int) -> torch.Tensor:
     """Rows of this rank's shard, zero for the others' tokens."""
     if isinstance(w, PackedWeight):
-        return torch.ops.commfuse.embedding_shard.default(tokens, w.data, w.n, w.k, vocab_begin)
+        return _embedding_shard(tokens, w.data, w.n, w.k, vocab_begin)
     if w.shape[0] == 0:
         return w.new_zeros((tokens.shape[0], w.shape[1]))
     local = tokens - vocab_begin
@@ -90,6 +90,6 @@ def vocab_parallel_embedding(
     Example:
         >>> h = vocab_parallel_embedding(tokens, w, vocab_begin, comm)
     """
-    query = Query(tokens.device.type, w.dtype, isinstance(w, PackedWeight))
-    run = OP.select(backend, comm, query)
+    packed = isinstance(w, PackedWeight)
+    run = OP.select(backend, comm, w.data if packed else w, packed)
     return run(tokens, w, vocab_begin, comm, norm_weight, eps)
