@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -21,6 +22,34 @@ def ratio_text(ratio: float | None, reference: str) -> str:
     return f"[red]{text} loses[/red]" if ratio < 1 else text
 
 
+def _time(us: float) -> str:
+    return f"{us:.1f}" if us < 1000 else f"{us:.0f}"
+
+
+def _cells(row: dict) -> dict[str, str]:
+    """A row's columns; empty where they have no meaning."""
+    reference = "itself" if row["backend"] == "torch" else "torch"
+    exposed, rate, fraction = (
+        row[name] for name in ("exposed", "streamed_gb_per_s", "fraction_of_read")
+    )
+    return {
+        "shape": " ".join(f"{key}={value}" for key, value in row["shape"].items()),
+        "backend": row["backend"],
+        "p20": _time(row["p20_us"]),
+        "p50": _time(row["p50_us"]),
+        "p80": _time(row["p80_us"]),
+        "to torch": ratio_text(row["times_faster_than_torch"], reference),
+        "exposed": "" if exposed is None else _exposed_text(exposed),
+        "GB/s": "" if rate is None else f"{rate:.1f}",
+        "of read": "" if fraction is None else f"{fraction:.0%}",
+    }
+
+
+def console() -> Console:
+    """Where tables go: as wide as the terminal, and wide enough where there is none."""
+    return Console(highlight=False, width=None if Console().is_terminal else 120)
+
+
 def print_table(rows: list[dict]) -> None:
     """Prints the rows of one op; a line above says what holds for all of them."""
     first = rows[0]
@@ -31,36 +60,68 @@ def print_table(rows: list[dict]) -> None:
             f"{first['transport']}{emulated}; us per call, slowest rank"
         ),
         title_justify="left",
+        box=box.SIMPLE_HEAD,
     )
-    table.add_column("shape")
-    table.add_column("backend")
-    columns = ("p20", "p50", "p80", "to torch", "exposed", "GB/s", "of read")
+    cells = [_cells(row) for row in rows]
+    columns = [name for name in cells[0] if any(cell[name] for cell in cells)]
     for name in columns:
-        table.add_column(name, justify="right")
-    shape = None
-    for row in rows:
-        if shape is not None and row["shape"] != shape:
+        left = name in ("shape", "backend")
+        table.add_column(name, justify="left" if left else "right", no_wrap=True)
+    previous = None
+    for cell in cells:
+        repeated = cell["shape"] == previous
+        if previous is not None and not repeated:
             table.add_section()
-        label = " ".join(f"{key}={value}" for key, value in row["shape"].items())
-        table.add_row(
-            "" if row["shape"] == shape else label,
-            row["backend"],
-            *(f"{row[key]:.1f}" for key in ("p20_us", "p50_us", "p80_us")),
-            ratio_text(
-                row["times_faster_than_torch"], "itself" if row["backend"] == "torch" else "torch"
-            ),
-            "" if row["exposed"] is None else _exposed_text(row["exposed"]),
-            "" if row["streamed_gb_per_s"] is None else f"{row['streamed_gb_per_s']:.1f}",
-            "" if row["fraction_of_read"] is None else f"{row['fraction_of_read']:.0%}",
-        )
-        shape = row["shape"]
-    console = Console(highlight=False)
-    console.print(table)
-    console.print(
-        f"{first['cpu_model']} ({first['cpu_isa']}), torch {first['torch']}, "
-        f"load {first['load_average_1min']:.1f}, {first['date_utc']}"
+        previous = cell["shape"]
+        table.add_row(*("" if n == "shape" and repeated else cell[n] for n in columns))
+    output = console()
+    output.print(table)
+    print_provenance(first, output)
+
+
+def print_provenance(row: dict, output: Console) -> None:
+    """The machine and the versions, on one line."""
+    output.print(
+        f"{row['cpu_model']} ({row['cpu_isa']}), torch {row['torch']}, "
+        f"load {row['load_average_1min']:.1f}, {row['date_utc']}"
     )
 
 
 def _exposed_text(exposed: float) -> str:
     return f"[red]{exposed:.2f} loses[/red]" if exposed > 1 else f"{exposed:.2f}"
+
+
+def print_generate_table(rows: list[dict]) -> None:
+    """Prints the rows of ``bench generate``."""
+    first = rows[0]
+    emulated = next((f", emulated link {r['emulated']}" for r in rows if r["emulated"]), "")
+    table = Table(
+        title=f"decoding, batch 1, greedy, {first['cores']} cores{emulated}",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    for name in ("configuration", "dtype", "task"):
+        table.add_column(name, no_wrap=True)
+    for name in ("tokens/s", "accepted", "gain", "to transf.", "to tp1_1t", "of floor"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("MB/rank", justify="right", no_wrap=True)
+    for row in rows:
+        fraction, memory = row.get("of_floor"), row.get("memory_pss_bytes")
+        accepted = row["accepted_per_step"]
+        table.add_row(
+            row["configuration"],
+            row["dtype"],
+            row["task"],
+            f"{row['tokens_per_second']:.1f}",
+            "" if accepted is None or row["speculate"] == "off" else f"{accepted:.2f}",
+            ratio_text(row["speculation_gain"], "plain decoding"),
+            ratio_text(row["vs_transformers"], "transformers"),
+            "1"
+            if row["configuration"] == "tp1_1t"
+            else ratio_text(row["vs_tp1_one_thread"], "tp1_1t"),
+            "" if fraction is None else f"{fraction:.0%}",
+            "" if memory is None else f"{memory / 1e6:.0f}",
+        )
+    output = console()
+    output.print(table)
+    print_provenance(first, output)
