@@ -7,6 +7,7 @@
 #include "runtime/communicator.h"
 #include "runtime/huge_memory.h"
 #include "runtime/segment.h"
+#include "vocab_parallel_argmax/winner.h"
 #ifdef COMMFUSE_WITH_CUDA
 #include "runtime/gpu_links.h"
 #endif
@@ -53,6 +54,8 @@ PYBIND11_MODULE(_C, m) {
       py::set_error(error_class(class_of(error.failure)), error.what());
     } catch (const ConcurrentUseError& error) {
       py::set_error(error_class("ConcurrentUse"), error.what());
+    } catch (const NoTokenError& error) {
+      py::set_error(error_class("CommfuseError"), error.what());
     }
   });
 

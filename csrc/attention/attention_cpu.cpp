@@ -30,6 +30,12 @@ at::Tensor attention(const at::Tensor& qkv, const at::Tensor& k_cache, const at:
                     "; it must be a multiple of 16");
   TORCH_CHECK_VALUE(args.max_length % kLanes == 0, "max_length is ", args.max_length,
                     "; it must be a multiple of 16");
+  TORCH_CHECK_VALUE(heads >= 1 && head_offset >= 0 && group >= 1, "heads are (", heads, ", ",
+                    head_offset, ", ", group, "); use (1 or more, 0 or more, 1 or more)");
+  const int64_t read = (head_offset + heads - 1) / group - head_offset / group + 1;
+  TORCH_CHECK_VALUE(args.kv_heads == read, "v_cache has ", args.kv_heads, " KV heads, and heads ",
+                    head_offset, " to ", head_offset + heads - 1, " in groups of ", group, " read ",
+                    read);
   check_matches(v_cache, qkv, v_cache.sizes(), "v_cache");
   check_matches(k_cache, qkv, v_cache.sizes(), "k_cache");
   const int64_t tokens = qkv.size(0), dim = args.head_dim;
@@ -71,6 +77,7 @@ at::Tensor attention(const at::Tensor& qkv, const at::Tensor& k_cache, const at:
     kernels().attention_append(args, rows + t * row_bytes, sequence[t], position[t]);
   }
   at::Tensor out = at::empty({tokens, heads * dim}, qkv.options());
+  if (out.numel() == 0) return out;
   std::byte* out_rows = static_cast<std::byte*>(out.mutable_data_ptr());
   // Enough for the scores of any group of heads that one kernel call takes together.
   const int64_t scratch = std::min<int64_t>(group, 8) * round_up(longest, kLanes);

@@ -186,6 +186,10 @@ void FileDescriptor::reset() {
 }
 
 SegmentServer::SegmentServer(const SegmentSize& size) : size_(size) {
+  if (size.world < 1 || size.world > kMaxWorld) {
+    throw std::runtime_error("shared memory serves 1 to " + std::to_string(kMaxWorld) +
+                             " ranks, not " + std::to_string(size.world));
+  }
   size_.payload_bytes = round_to_page(size.payload_bytes);
   size_.workspace_bytes = round_to_page(size.workspace_bytes);
   if (const uint64_t available = available_memory(); size_.bytes() > available) {

@@ -83,11 +83,11 @@ void vocab_winners(Communicator& communicator, const Descriptor& descriptor,
 
   for (int64_t row = 0; row < rows; ++row) {
     if (std::isnan(best[row].score) || std::isinf(best[row].score)) {
-      throw std::runtime_error("the logits of row " + std::to_string(row) + " are " +
-                               (std::isnan(best[row].score) ? "NaN"
-                                : best[row].score > 0       ? "infinite"
-                                                            : "-inf throughout") +
-                               ": no token can be chosen");
+      throw NoTokenError("the logits of row " + std::to_string(row) + " are " +
+                         (std::isnan(best[row].score) ? "NaN"
+                          : best[row].score > 0       ? "infinite"
+                                                      : "-inf throughout") +
+                         ": no token can be chosen");
     }
     winners[row] = best[row].id;
   }

@@ -23,6 +23,7 @@ LOCAL = "local"
 
 DEFAULT_PAYLOAD_BYTES = 4 << 20
 DEFAULT_WORKSPACE_BYTES = 1 << 20
+MOST_BYTES = 1 << 47  # the address space of a process; also keeps all sizes within 64 bits
 
 
 @dataclass
@@ -102,6 +103,12 @@ class Communicator:
             )
         if payload_bytes <= 0 or workspace_bytes < 0 or not timeout > 0:
             raise UsageError("payload_bytes and timeout must be positive, workspace_bytes >= 0")
+        if max(payload_bytes, workspace_bytes) > MOST_BYTES:
+            raise UsageError(
+                f"too little shared memory: payload_bytes={payload_bytes} and workspace_bytes="
+                f"{workspace_bytes} are needed for each rank, and no process can map more than "
+                f"{MOST_BYTES} bytes"
+            )
         self.group = group
         self.rank = dist.get_rank(group) if group is not None else 0
         self.world_size = dist.get_world_size(group) if group is not None else 1
