@@ -263,9 +263,9 @@ def _row(
         "dtype": options.dtype,
         "shape": case.shape,
         "bytes": adapter.message_bytes(),
-        "p20_us": time.p20_us,
-        "p50_us": time.p50_us,
-        "p80_us": time.p80_us,
+        "p20_us": round(time.p20_us, 3),
+        "p50_us": round(time.p50_us, 3),
+        "p80_us": round(time.p80_us, 3),
         "exposed": _exposed(times, name),
         "times_faster_than_torch": (
             torch_time.p50_us / time.p50_us if torch_time and not partial else None
