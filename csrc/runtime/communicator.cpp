@@ -6,6 +6,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <mutex>
 #include <utility>
@@ -171,7 +172,12 @@ void Communicator::wait_slowly(int peer, int phase, int block, uint64_t expected
       raise(Failure::mismatch, peer, phase, block, generation, seen, mine);
     }
     if (closed) raise(Failure::closed, peer, phase, block, generation, seen, mine);
-    if (late) raise(Failure::timeout, peer, phase, block, generation, seen, mine);
+    if (late) {
+      // The peer's last call may stand in the other half.
+      const uint64_t other =
+          area.words[(generation + 1) % 2][phase][block].value.load(std::memory_order_relaxed);
+      raise(Failure::timeout, peer, phase, block, generation, std::max(seen, other), mine);
+    }
     sched_yield();
   }
 }

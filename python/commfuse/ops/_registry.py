@@ -112,10 +112,12 @@ class Op:
             query = Query(x.device.type, x.dtype, packed)
             explanation = self.explain(backend, comm, query)
             if explanation.backend is None:
-                asked = "no backend" if backend == "auto" else f"backend {backend!r}"
+                asked = "no backend can" if backend == "auto" else f"backend {backend!r} cannot"
+                reasons = (f"  {name}: {why}" for name, why in explanation.reasons.items())
                 raise BackendUnavailable(
-                    f"{asked} can serve {self.name} on {query.device} in {query.dtype}:\n"
-                    f"{explanation}"
+                    "\n".join(
+                        [f"{asked} serve {self.name} on {query.device} in {query.dtype}:", *reasons]
+                    )
                 )
             run = next(b.run for b in self.backends if b.name == explanation.backend)
             cache[key] = run
