@@ -1,7 +1,9 @@
 // commfuse._C: the host side of a communicator. The ops are registered by their launchers, under
 // schemas that the Python package defines.
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/zeros.h>
 #include <pybind11/stl.h>
-#include <torch/extension.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include "cpu/kernel_table.h"
 #include "runtime/communicator.h"

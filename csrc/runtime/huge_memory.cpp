@@ -1,5 +1,6 @@
 #include "runtime/huge_memory.h"
 
+#include <ATen/ops/from_blob.h>
 #include <sys/mman.h>
 
 #include <cstddef>

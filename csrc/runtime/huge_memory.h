@@ -3,7 +3,7 @@
 // 30 GB/s).
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 namespace commfuse {
 

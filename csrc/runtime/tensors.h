@@ -1,8 +1,9 @@
 // What the launchers need of torch: dtypes, checks with messages, uninitialised outputs.
 #pragma once
 
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "cpu/kernel_table.h"

@@ -1,5 +1,7 @@
 // Greedy verification of chains of draft tokens (Leviathan et al., "Fast Inference from
 // Transformers via Speculative Decoding", 2023, at temperature 0) on vocabulary shards.
+#include <ATen/ops/full.h>
+
 #include <tuple>
 #include <vector>
 

@@ -1,4 +1,6 @@
 // Rows of a packed weight: a head and an embedding that are tied need only one copy of it.
+#include <ATen/ops/zeros.h>
+
 #include "runtime/tensors.h"
 
 namespace commfuse {
