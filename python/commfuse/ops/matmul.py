@@ -62,7 +62,8 @@ class PackedWeight:
     def unpack(self) -> torch.Tensor:
         """The weight as it was packed, [n, k]; gate and up still alternate."""
         k_step = 2 if self.dtype == torch.bfloat16 else 1
-        k_padded, panels, begin = _round_up(self.k, k_step), [], 0
+        k_padded, begin = _round_up(self.k, k_step), 0
+        panels = [self.data.new_empty((0, k_padded))]  # all there is of an empty shard
         while begin < _round_up(self.n, LANES):
             width = min(_extension.require().panel_columns, _round_up(self.n, LANES) - begin)
             panel = self.data[begin * k_padded : (begin + width) * k_padded]
