@@ -47,7 +47,7 @@ def _cells(row: dict) -> dict[str, str]:
 
 def console() -> Console:
     """Where tables go: as wide as the terminal, and wide enough where there is none."""
-    return Console(highlight=False, width=None if Console().is_terminal else 120)
+    return Console(highlight=False, width=None if Console().is_terminal else 140)
 
 
 def print_table(rows: list[dict]) -> None:
@@ -96,13 +96,13 @@ def print_generate_table(rows: list[dict]) -> None:
     first = rows[0]
     emulated = next((f", emulated link {r['emulated']}" for r in rows if r["emulated"]), "")
     table = Table(
-        title=f"decoding, batch 1, greedy, {first['cores']} cores{emulated}",
+        title=f"decoding, batch 1, greedy, {first['dtype']}, {first['cores']} cores{emulated}; HF: transformers' best",
         title_justify="left",
         box=box.SIMPLE_HEAD,
     )
-    for name in ("configuration", "dtype", "task"):
+    for name in ("configuration", "task"):
         table.add_column(name, no_wrap=True)
-    for name in ("tokens/s", "accepted", "gain", "to transf.", "to tp1_1t", "of floor"):
+    for name in ("tokens/s", "accepted", "gain", "to HF", "to tp1_1t", "of floor"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("MB/rank", justify="right", no_wrap=True)
     for row in rows:
@@ -110,7 +110,6 @@ def print_generate_table(rows: list[dict]) -> None:
         accepted = row["accepted_per_step"]
         table.add_row(
             row["configuration"],
-            row["dtype"],
             row["task"],
             f"{row['tokens_per_second']:.1f}",
             "" if accepted is None or row["speculate"] == "off" else f"{accepted:.2f}",
