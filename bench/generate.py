@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from commfuse import _extension
 from commfuse.bench.generate_worker import Job, Task
 from commfuse.bench.provenance import provenance
 from commfuse.bench.table import print_generate_table
@@ -103,7 +104,7 @@ def run_generate(
     """Runs every engine ``rounds`` times, in turn, and prints the rows.
 
     Raises:
-        UsageError: a model or a backend that cannot be used.
+        UsageError: a model or a backend that cannot be used, or no extension.
         CommfuseError: an engine failed, or speculation changed an answer.
     """
     path = _model_path(model)
@@ -114,6 +115,8 @@ def run_generate(
     chosen = engines(world_size, dtype, backends, len(os.sched_getaffinity(0)))
     if not chosen:
         raise UsageError("backend 'torch' (gloo) needs --ranks 2 or more")
+    if _extension.module is None and any(e.backend != "transformers" for e in chosen):
+        raise UsageError(_extension.reason)
     with open_checkpoint(path) as checkpoint:
         check_parallelism(checkpoint.config, world_size)
         tasks = _tasks(checkpoint.tokenizer(), checkpoint.config.eos_token_ids)

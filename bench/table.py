@@ -96,7 +96,10 @@ def print_generate_table(rows: list[dict]) -> None:
     first = rows[0]
     emulated = next((f", emulated link {r['emulated']}" for r in rows if r["emulated"]), "")
     table = Table(
-        title=f"decoding, batch 1, greedy, {first['dtype']}, {first['cores']} cores{emulated}; HF: transformers' best",
+        title=(
+            f"decoding, batch 1, greedy, {first['dtype']}, {first['cores']} cores{emulated}; "
+            "HF: transformers' best"
+        ),
         title_justify="left",
         box=box.SIMPLE_HEAD,
     )

@@ -20,17 +20,19 @@ def bench(
     ],
     device: Annotated[str, typer.Option(help="cpu.")] = "cpu",
     ranks: Annotated[
-        int | None, typer.Option(help="Ranks to start. [default: 2, or those of torchrun]")
+        int | None, typer.Option(help="Ranks to start. (default: 2, or those of torchrun)")
     ] = None,
     backends: Annotated[
         str | None,
-        typer.Option(help="Backends and peers, as in cpu,torch. [default: all that can run]"),
+        typer.Option(help="Backends and peers, as in cpu,torch. (default: all that can run)"),
     ] = None,
     dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")] = "bfloat16",
     cases: Annotated[str, typer.Option(help="quick, or all: more sizes.")] = "quick",
     iterations: Annotated[
         int | None,
-        typer.Option(help="Calls of each row (generate: runs). [default: about a second's worth]"),
+        typer.Option(
+            help="Calls of each row (generate: runs). (default: about a second's worth; generate: 3)"
+        ),
     ] = None,
     link: Annotated[
         list[str] | None,
