@@ -30,9 +30,7 @@ def bench(
     cases: Annotated[str, typer.Option(help="quick, or all: more sizes.")] = "quick",
     iterations: Annotated[
         int | None,
-        typer.Option(
-            help="Calls of each row (generate: runs). (default: about a second's worth; generate: 3)"
-        ),
+        typer.Option(help="Calls of each row; rounds of generate. (default: a second's worth; 3)"),
     ] = None,
     link: Annotated[
         list[str] | None,
