@@ -147,6 +147,8 @@ struct PackedBFloat16 {
   }
 };
 
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+inline void prefetch_stream(const void* p) {
+  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_NTA);
+}
 
 }  // namespace commfuse::avx2

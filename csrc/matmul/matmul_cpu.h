@@ -45,7 +45,7 @@ inline void gemm_run(const T* x, int64_t x_stride, const T* w, int64_t step, int
     typename P::Weights weights[V];
     for (int v = 0; v < V; ++v) {
       weights[v] = P::load_weights(w + v * kLanes * P::k_step);
-      if (kPrefetch) prefetch(w + v * kLanes * P::k_step + kAhead);
+      if (kPrefetch) prefetch_stream(w + v * kLanes * P::k_step + kAhead);
     }
     for (int r = 0; r < R; ++r) {
       const typename P::Input input = P::load_input(x + r * x_stride + i);
