@@ -1,4 +1,4 @@
-"""On every rank: every op and backend against the float64 reference, at most twice torch's error."""
+"""On every rank: every op and backend against float64, with at most twice the error of torch."""
 
 import itertools
 from collections import defaultdict

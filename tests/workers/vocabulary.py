@@ -116,27 +116,28 @@ def _embedding(comm, dtype, backend) -> list[str]:
 def impossible_rows() -> dict[str, tuple[str, str]]:
     """Rows from which nothing can be chosen: what every rank raises, and the call after it."""
     raised = {}
+    drafts, lengths = torch.tensor([[0, 0]]), torch.tensor([2])
     with Communicator(dist.group.WORLD) as comm:
+
+        def argmax(shard, begin, backend):
+            return ops.vocab_parallel_argmax(shard, begin, comm, backend)
+
+        def verify_chain(shard, begin, backend):
+            return ops.verify_chain(shard, drafts, lengths, begin, comm, backend)
+
         for backend in ("cpu", "torch"):
-            for kind, value in (("NaN", torch.nan), ("inf", torch.inf), ("-inf", -torch.inf)):
+            for value in (torch.nan, torch.inf, -torch.inf):
                 logits = torch.zeros(3, 300)
                 logits[1] = -torch.inf
                 # In the last of the shards alone, and in the tail of a vector.
                 logits[1, 299] = value
-                shard, begin = _shard(logits, comm)
-                drafts, lengths = torch.tensor([[0, 0]]), torch.tensor([2])
-                for name, call in (
-                    ("argmax", lambda s=shard, b=begin: ops.vocab_parallel_argmax(
-                        s, b, comm, backend)),
-                    ("verify_chain", lambda s=shard, b=begin: ops.verify_chain(
-                        s, drafts, lengths, b, comm, backend)),
-                ):  # fmt: skip
+                for call in (argmax, verify_chain):
+                    name = f"{backend} {call.__name__} {value}"
                     try:
-                        call()
-                        raised[f"{backend} {name} {kind}"] = ("", "")
+                        call(*_shard(logits, comm), backend)
+                        raised[name] = ("", "")
                     except RuntimeError as error:
-                        raised[f"{backend} {name} {kind}"] = (type(error).__name__, str(error))
-            shard, begin = _shard(torch.arange(300.0)[None], comm)
-            if ops.vocab_parallel_argmax(shard, begin, comm, backend).tolist() != [299]:
+                        raised[name] = (type(error).__name__, str(error))
+            if argmax(*_shard(torch.arange(300.0)[None], comm), backend).tolist() != [299]:
                 raised[f"{backend} afterwards"] = ("", "")
     return raised
