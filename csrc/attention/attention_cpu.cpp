@@ -1,13 +1,9 @@
+#include "attention/attention.h"
+
 #include <algorithm>
 #include <cmath>
 
-#include "runtime/tensors.h"
-
 namespace commfuse {
-namespace {
-
-// qkv [tokens, (heads + 2 kv_heads) * head_dim] -> [tokens, heads * head_dim]. Every token's K and
-// V are appended before any token attends, so that the tokens of one sequence may come together.
 at::Tensor attention(const at::Tensor& qkv, const at::Tensor& k_cache, const at::Tensor& v_cache,
                      const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& sequences,
                      const at::Tensor& positions, int64_t heads, int64_t head_offset, int64_t group,
@@ -93,8 +89,6 @@ at::Tensor attention(const at::Tensor& qkv, const at::Tensor& k_cache, const at:
   });
   return out;
 }
-
-}  // namespace
 
 TORCH_LIBRARY_IMPL(commfuse, CPU, m) { m.impl("attention", &attention); }
 

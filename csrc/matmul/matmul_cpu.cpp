@@ -45,29 +45,6 @@ at::Tensor pack_weight(const at::Tensor& w) {
   return out;
 }
 
-at::Tensor matmul(const at::Tensor& x, const at::Tensor& weights, int64_t n,
-                  const std::optional<at::Tensor>& bias, bool silu_mul, int64_t out_columns,
-                  bool out_float32) {
-  GemmArgs args = gemm_args(x, weights, n);
-  if (bias) check_matches(*bias, x, {n}, "bias");
-  if (silu_mul) {
-    TORCH_CHECK_VALUE(n == 2 * round_up(out_columns, kLanes), "silu_mul of ", out_columns,
-                      " columns takes ", 2 * round_up(out_columns, kLanes),
-                      " packed rows (gate and up alternating by 16), not ", n);
-    args.activation = Activation::silu_mul;
-  } else {
-    TORCH_CHECK_VALUE(n == out_columns, "out_columns is ", out_columns, ", not n = ", n);
-  }
-  at::Tensor out = at::empty({x.size(0), out_columns},
-                             out_float32 ? x.options().dtype(at::kFloat) : x.options());
-  args.bias = data_or_null(bias);
-  args.out = out.mutable_data_ptr();
-  args.out_stride = args.out_columns = out_columns;
-  args.out_float32 = out_float32;
-  run_gemm(args, 0, panel_count(n));
-  return out;
-}
-
 }  // namespace
 
 GemmArgs gemm_args(const at::Tensor& x, const at::Tensor& weights, int64_t n) {
@@ -90,6 +67,29 @@ void run_gemm(const GemmArgs& args, int64_t panel_begin, int64_t panel_end) {
   const int64_t grain = std::max<int64_t>(1, kBytesPerThread / std::max<int64_t>(1, panel_bytes));
   at::parallel_for(panel_begin, panel_end, grain,
                    [&](int64_t begin, int64_t end) { kernels().gemm(args, begin, end); });
+}
+
+at::Tensor matmul(const at::Tensor& x, const at::Tensor& weights, int64_t n,
+                  const std::optional<at::Tensor>& bias, bool silu_mul, int64_t out_columns,
+                  bool out_float32) {
+  GemmArgs args = gemm_args(x, weights, n);
+  if (bias) check_matches(*bias, x, {n}, "bias");
+  if (silu_mul) {
+    TORCH_CHECK_VALUE(n == 2 * round_up(out_columns, kLanes), "silu_mul of ", out_columns,
+                      " columns takes ", 2 * round_up(out_columns, kLanes),
+                      " packed rows (gate and up alternating by 16), not ", n);
+    args.activation = Activation::silu_mul;
+  } else {
+    TORCH_CHECK_VALUE(n == out_columns, "out_columns is ", out_columns, ", not n = ", n);
+  }
+  at::Tensor out = at::empty({x.size(0), out_columns},
+                             out_float32 ? x.options().dtype(at::kFloat) : x.options());
+  args.bias = data_or_null(bias);
+  args.out = out.mutable_data_ptr();
+  args.out_stride = args.out_columns = out_columns;
+  args.out_float32 = out_float32;
+  run_gemm(args, 0, panel_count(n));
+  return out;
 }
 
 TORCH_LIBRARY_IMPL(commfuse, CPU, m) {

@@ -1,8 +1,9 @@
 // Row-parallel layer with its tail: out = sum over ranks of x_r w_r^T (+ bias) (+ residual), then
 // RMSNorm where asked. The output columns are computed in slices; a slice is published as soon as
 // it is finished, so that it travels while the next is computed.
+#include "matmul_all_reduce/matmul_all_reduce.h"
+
 #include <algorithm>
-#include <tuple>
 
 #include "matmul/gemm.h"
 
@@ -148,6 +149,8 @@ at::Tensor matmul_all_reduce(const at::Tensor& x, const at::Tensor& weights, int
   return summed_product(x, weights, n, Communicator::from_handle(handle), bias, residual, false);
 }
 
+}  // namespace
+
 std::tuple<at::Tensor, at::Tensor> matmul_all_reduce_rms_norm(
     const at::Tensor& x, const at::Tensor& weights, int64_t n, int64_t handle,
     const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& residual,
@@ -166,8 +169,6 @@ std::tuple<at::Tensor, at::Tensor> matmul_all_reduce_rms_norm(
   }
   return {y, summed};
 }
-
-}  // namespace
 
 TORCH_LIBRARY_IMPL(commfuse, CPU, m) {
   m.impl("matmul_all_reduce", &matmul_all_reduce);

@@ -73,7 +73,7 @@ class Report:
             if len(self.texts) > 1:
                 for text in self._titled():
                     self.console.print(text, soft_wrap=True)
-            else:
+            elif self.count:
                 self.console.print()
 
     def add(self, prompt: int, tokens: list[int]) -> None:

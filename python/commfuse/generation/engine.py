@@ -11,7 +11,8 @@ from commfuse import ops
 from commfuse.errors import UsageError
 from commfuse.generation.statistics import GenerationStatistics, Stopwatch
 from commfuse.models.llama import Llama
-from commfuse.nn.attention import KVCache, Placement
+from commfuse.nn import KVCache
+from commfuse.ops import Placement
 from commfuse.speculative import NGramDrafter
 
 PREFILL_ROWS = 512  # tokens of prompts in one forward pass

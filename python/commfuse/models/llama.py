@@ -21,7 +21,7 @@ from commfuse.nn import (
     shard_vocabulary,
     split,
 )
-from commfuse.nn.attention import Placement
+from commfuse.ops import Placement
 from commfuse.runtime.communicator import Communicator
 
 

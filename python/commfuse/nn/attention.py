@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 
 from commfuse import ops
 from commfuse.nn.linear import ColumnParallelLinear, RowParallelLinear
 from commfuse.nn.sharding import HeadShard
+from commfuse.ops import Placement
 from commfuse.runtime.communicator import Communicator
 
 
@@ -43,21 +42,6 @@ class KVCache:
             (torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype))
             for _ in range(layers)
         ]
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where the tokens of one forward pass stand.
-
-    Attributes:
-        sequences: int64 [tokens], the cache's sequence of each.
-        positions: int64 [tokens].
-        rotary: cos and sin, float32 [positions, head_dim / 2].
-    """
-
-    sequences: torch.Tensor
-    positions: torch.Tensor
-    rotary: tuple[torch.Tensor, torch.Tensor]
 
 
 class ParallelAttention(nn.Module):

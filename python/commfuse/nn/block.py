@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from commfuse.nn.attention import ParallelAttention, Placement
+from commfuse import ops
+from commfuse.nn.attention import ParallelAttention
 from commfuse.nn.linear import GatedColumnParallelLinear, RowParallelLinear
+from commfuse.ops import BlockWeights, Placement
 
 
 class ParallelMLP(nn.Module):
@@ -54,8 +56,23 @@ class ParallelBlock(nn.Module):
         super().__init__()
         self.attention = attention
         self.mlp = mlp
-        self.middle_norm = middle_norm
-        self.next_norm = next_norm
+        q_norm, k_norm = attention.norms
+        self.weights = BlockWeights(
+            qkv=attention.qkv.weight,
+            output=attention.output.weight,
+            gate_up=mlp.gate_up.weight,
+            down=mlp.down.weight,
+            middle_norm=middle_norm,
+            next_norm=next_norm,
+            heads=attention.heads,
+            eps=attention.eps,
+            qkv_bias=attention.qkv.bias,
+            output_bias=attention.output.bias,
+            gate_up_bias=mlp.gate_up.bias,
+            down_bias=mlp.down.bias,
+            q_norm=q_norm,
+            k_norm=k_norm,
+        )
 
     def forward(
         self,
@@ -64,6 +81,11 @@ class ParallelBlock(nn.Module):
         cache: tuple[torch.Tensor, torch.Tensor],
         placement: Placement,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(x, residual) [tokens, hidden] each, x normalised -> the same behind the block."""
-        x, residual = self.attention(x, cache, placement, residual, self.middle_norm)
-        return self.mlp(x, residual, self.next_norm)
+        """(x, residual) [tokens, hidden] each, x normalised -> the same behind the block.
+
+        One call of :func:`commfuse.ops.transformer_block`; running ``attention`` and ``mlp`` one
+        after the other gives the same bits.
+        """
+        return ops.transformer_block(
+            x, residual, self.weights, cache, placement, self.attention.output.comm
+        )

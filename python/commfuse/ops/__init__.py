@@ -17,6 +17,7 @@ from commfuse.ops.all_reduce_rms_norm import all_reduce_rms_norm
 from commfuse.ops.attention import attention
 from commfuse.ops.matmul import PackedWeight, matmul, pack_gate_up, pack_weight
 from commfuse.ops.matmul_all_reduce import matmul_all_reduce
+from commfuse.ops.transformer_block import BlockWeights, Placement, transformer_block
 from commfuse.ops.verify_chain import verify_chain
 from commfuse.ops.vocab_parallel_argmax import vocab_parallel_argmax
 from commfuse.ops.vocab_parallel_embedding import vocab_parallel_embedding
@@ -28,6 +29,7 @@ OP_NAMES = (
     "matmul",
     "matmul_all_reduce",
     "attention",
+    "transformer_block",
     "vocab_parallel_argmax",
     "vocab_parallel_embedding",
     "verify_chain",
@@ -75,7 +77,9 @@ def explain(
 
 __all__ = [
     "OP_NAMES",
+    "BlockWeights",
     "PackedWeight",
+    "Placement",
     "all_reduce",
     "all_reduce_rms_norm",
     "attention",
@@ -85,6 +89,7 @@ __all__ = [
     "op",
     "pack_gate_up",
     "pack_weight",
+    "transformer_block",
     "verify_chain",
     "vocab_parallel_argmax",
     "vocab_parallel_embedding",

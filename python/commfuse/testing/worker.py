@@ -1,4 +1,4 @@
-"""One rank of :func:`commfuse.testing.run_ranks`: python -m commfuse.testing.worker TARGET FOLDER."""
+"""One rank of :func:`commfuse.testing.run_ranks`."""
 
 from __future__ import annotations
 

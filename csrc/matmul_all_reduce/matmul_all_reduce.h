@@ -1,0 +1,15 @@
+// The launcher of matmul_all_reduce with RMSNorm, for those who call it from C++.
+#pragma once
+
+#include <tuple>
+
+#include "runtime/tensors.h"
+
+namespace commfuse {
+
+std::tuple<at::Tensor, at::Tensor> matmul_all_reduce_rms_norm(
+    const at::Tensor& x, const at::Tensor& weights, int64_t n, int64_t handle,
+    const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& residual,
+    const at::Tensor& norm_weight, double eps);
+
+}  // namespace commfuse
