@@ -147,7 +147,7 @@ void Communicator::wait(int peer, int phase, int block, uint64_t expected, const
   for (int i = 0; i < kFastPolls && !there; ++i) {
     // Acquire: what the peer wrote before its release store of this word is now visible.
     there = word.value.load(std::memory_order_acquire) == expected;
-    if (!there) pause_briefly();
+    if (!there && !read_ahead_.step()) pause_briefly();
   }
   if (!there) wait_slowly(peer, phase, block, expected, mine);
   if (link_) {

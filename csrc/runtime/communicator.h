@@ -12,6 +12,7 @@
 
 #include "runtime/link_model.h"
 #include "runtime/protocol.h"
+#include "runtime/read_ahead.h"
 #include "runtime/segment.h"
 
 namespace commfuse {
@@ -66,6 +67,9 @@ class Communicator {
   // Leaves in order; peers that wait for this rank are told. Calls after it throw.
   void close();
 
+  // What to fetch while the next call waits for its peers.
+  void read_ahead(const void* data, size_t bytes) { read_ahead_ = ReadAhead(data, bytes); }
+
   Statistics statistics() const { return statistics_; }
   void reset_statistics() { statistics_ = {}; }
   void start_trace() { trace_.emplace(); }
@@ -100,6 +104,7 @@ class Communicator {
   std::atomic<bool> busy_{false};
   bool closed_ = false;
   int publish_delay_us_ = 0;
+  ReadAhead read_ahead_;
   Statistics statistics_;
   std::optional<std::vector<TraceEvent>> trace_;
   FileDescriptor stop_watching_;

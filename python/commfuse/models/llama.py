@@ -87,6 +87,9 @@ class Llama(nn.Module):
             for layer in range(config.num_layers)
         )
 
+        head = self.embedding if self.head is None else self.head
+        self._read_next = [*(block.weights.qkv for block in self.blocks[1:]), head.weight]
+
     def _block(self, checkpoint: Checkpoint, prefix: str, next_norm: torch.Tensor) -> ParallelBlock:
         config, comm = self.config, self.comm
 
@@ -174,8 +177,8 @@ class Llama(nn.Module):
         """
         eps = self.config.rms_norm_eps
         x, residual = self.embedding(tokens, self.first_norm, eps)
-        for block, layer in zip(self.blocks, cache.layers, strict=True):
-            x, residual = block(x, residual, layer, placement)
+        for block, layer, read_next in zip(self.blocks, cache.layers, self._read_next, strict=True):
+            x, residual = block(x, residual, layer, placement, read_next)
         if rows is not None:
             x = x[rows]
         return self.embedding.logits(x) if self.head is None else self.head(x, float32_out=True)

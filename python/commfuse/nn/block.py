@@ -80,6 +80,7 @@ class ParallelBlock(nn.Module):
         residual: torch.Tensor,
         cache: tuple[torch.Tensor, torch.Tensor],
         placement: Placement,
+        read_next: ops.PackedWeight | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(x, residual) [tokens, hidden] each, x normalised -> the same behind the block.
 
@@ -87,5 +88,11 @@ class ParallelBlock(nn.Module):
         after the other gives the same bits.
         """
         return ops.transformer_block(
-            x, residual, self.weights, cache, placement, self.attention.output.comm
+            x,
+            residual,
+            self.weights,
+            cache,
+            placement,
+            self.attention.output.comm,
+            read_next=read_next,
         )

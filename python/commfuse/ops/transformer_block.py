@@ -69,22 +69,22 @@ _transformer_block = define(
     " Tensor cos, Tensor sin, Tensor sequences, Tensor positions, Tensor qkv, Tensor? qkv_bias,"
     " Tensor output, Tensor? output_bias, Tensor middle_norm, Tensor gate_up,"
     " Tensor? gate_up_bias, Tensor down, Tensor? down_bias, Tensor next_norm, Tensor? q_norm,"
-    " Tensor? k_norm, int heads, int head_offset, int group, int features, float eps,"
+    " Tensor? k_norm, Tensor? read_next, int heads, int head_offset, int group, int features, float eps,"
     " int communicator) -> (Tensor, Tensor)",
     _fake,
 )
 
 
-def _cpu(x, residual, w, caches, placement, comm):
+def _cpu(x, residual, w, caches, placement, comm, read_next):
     return _transformer_block(
         x, residual, *caches, *placement.rotary, placement.sequences, placement.positions,
         w.qkv.data, w.qkv_bias, w.output.data, w.output_bias, w.middle_norm,
         w.gate_up.data, w.gate_up_bias, w.down.data, w.down_bias, w.next_norm,
-        w.q_norm, w.k_norm, *w.heads, w.gate_up.out_features, w.eps, comm.handle,
+        w.q_norm, w.k_norm, None if read_next is None else read_next.data, *w.heads, w.gate_up.out_features, w.eps, comm.handle,
     )  # fmt: skip
 
 
-def _torch(x, residual, w, caches, placement, comm):
+def _torch(x, residual, w, caches, placement, comm, read_next):
     heads = attention(
         matmul(x, w.qkv, w.qkv_bias), caches, placement.rotary, placement.sequences,
         placement.positions, w.heads, (w.q_norm, w.k_norm), w.eps,
@@ -112,6 +112,8 @@ def transformer_block(
     caches: tuple[torch.Tensor, torch.Tensor],
     placement: Placement,
     comm: Communicator,
+    *,
+    read_next: PackedWeight | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention and gated MLP of one layer, their two all-reduces and the norms behind these.
@@ -127,6 +129,8 @@ def transformer_block(
         caches: K and V of this layer; written.
         placement: of the tokens.
         comm: every rank must call.
+        read_next: a weight that is needed behind this block; while a rank waits for the others, it
+            fetches the beginning of what comes next into its cache. Changes no result.
         backend: ``"auto"``, ``"cpu"`` or ``"torch"`` (the five ops, with torch.distributed).
 
     Returns:
@@ -139,4 +143,4 @@ def transformer_block(
         >>> x, residual = transformer_block(x, residual, weights, caches, placement, comm)
     """
     run = OP.select(backend, comm, x, isinstance(weights.qkv, PackedWeight))
-    return run(x, residual, weights, caches, placement, comm)
+    return run(x, residual, weights, caches, placement, comm, read_next)
