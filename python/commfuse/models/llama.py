@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import nn
 
@@ -36,6 +38,17 @@ def check_parallelism(config: ModelConfig, tp: int) -> None:
         raise UsageError(f"tp={tp} exceeds the MLP's {config.intermediate_size} features")
     if config.head_dim % 16:
         raise UsageError(f"head_dim is {config.head_dim}; the kernels take multiples of 16")
+
+
+def _return_freed_memory() -> None:
+    """Gives the system back what tensors have left behind that were read and packed.
+
+    glibc keeps it, and fits new tensors badly into it, since these are aligned: while a model of
+    270 MB is loaded by two ranks, 80 MB of holes would collect on each.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 class Llama(nn.Module):
@@ -82,10 +95,10 @@ class Llama(nn.Module):
         ]
         norms.append(checkpoint.read("model.norm.weight", dtype=self.dtype))
         self.first_norm = norms[0]
-        self.blocks = nn.ModuleList(
-            self._block(checkpoint, f"model.layers.{layer}.", norms[layer + 1])
-            for layer in range(config.num_layers)
-        )
+        self.blocks = nn.ModuleList()
+        for layer in range(config.num_layers):
+            self.blocks.append(self._block(checkpoint, f"model.layers.{layer}.", norms[layer + 1]))
+            _return_freed_memory()
 
         head = self.embedding if self.head is None else self.head
         self._read_next = [*(block.weights.qkv for block in self.blocks[1:]), head.weight]
