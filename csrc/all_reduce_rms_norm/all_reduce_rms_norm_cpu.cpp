@@ -17,8 +17,8 @@ std::tuple<at::Tensor, at::Tensor> all_reduce_rms_norm(const at::Tensor& x,
   check_matches(weight, x, {columns}, "weight");
   if (residual) check_matches(*residual, x, x.sizes(), "residual");
 
-  at::Tensor summed = at::empty(x.sizes(), x.options());
-  at::Tensor y = at::empty(x.sizes(), x.options());
+  at::Tensor summed = empty_output(x.sizes(), x.scalar_type());
+  at::Tensor y = empty_output(x.sizes(), x.scalar_type());
   all_reduce_sum(communicator,
                  describe(Op::all_reduce_rms_norm, dtype, x.sizes(), residual.has_value()), dtype,
                  x.const_data_ptr(), data_or_null(residual), summed.mutable_data_ptr(), x.numel());

@@ -72,7 +72,7 @@ at::Tensor attention(const at::Tensor& qkv, const at::Tensor& k_cache, const at:
   for (int64_t t = 0; t < tokens; ++t) {
     kernels().attention_append(args, rows + t * row_bytes, sequence[t], position[t]);
   }
-  at::Tensor out = at::empty({tokens, heads * dim}, qkv.options());
+  at::Tensor out = empty_output({tokens, heads * dim}, qkv.scalar_type());
   if (out.numel() == 0) return out;
   std::byte* out_rows = static_cast<std::byte*>(out.mutable_data_ptr());
   // Enough for the scores of any group of heads that one kernel call takes together.

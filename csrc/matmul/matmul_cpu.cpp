@@ -82,8 +82,8 @@ at::Tensor matmul(const at::Tensor& x, const at::Tensor& weights, int64_t n,
   } else {
     TORCH_CHECK_VALUE(n == out_columns, "out_columns is ", out_columns, ", not n = ", n);
   }
-  at::Tensor out = at::empty({x.size(0), out_columns},
-                             out_float32 ? x.options().dtype(at::kFloat) : x.options());
+  at::Tensor out =
+      empty_output({x.size(0), out_columns}, out_float32 ? at::kFloat : x.scalar_type());
   args.bias = data_or_null(bias);
   args.out = out.mutable_data_ptr();
   args.out_stride = args.out_columns = out_columns;

@@ -10,18 +10,22 @@
 namespace commfuse {
 namespace {
 
-// Panels of one slice: enough columns to hide a slice's exchange behind the next slice's weights.
-constexpr int64_t kSlicePanels = 4;
-constexpr int64_t kMaxSlices = 8;
+// Payload of one slice: below it, publishing and awaiting would show; above, the last slice's
+// exchange, which nothing hides.
+constexpr int64_t kSliceBytes = 4 * 1024;
 
-// Where the columns are cut. A function of n alone: ranks must cut alike, and their k may differ.
+// Where the columns are cut. A function of the output's shape alone: ranks must cut alike, and their
+// k may differ. No sum crosses a cut, so that a row's bits do not depend on it.
 struct Slices {
   int64_t panels, count;
 
-  explicit Slices(int64_t n) {
+  Slices(int64_t rows, int64_t n, int64_t element_bytes) {
     const int64_t total = panel_count(n);
-    const int64_t wanted = std::clamp<int64_t>(total / kSlicePanels, 2, kMaxSlices);
-    panels = std::max<int64_t>(1, (total + wanted - 1) / wanted);
+    const int64_t panel_bytes = std::max<int64_t>(1, rows * kPanelColumns * element_bytes);
+    // Two at least, so that the first travels while the second is computed.
+    const int64_t most = std::max<int64_t>(1, (total + 1) / 2);
+    const int64_t least = (total + kMaxBlocks - 1) / kMaxBlocks;
+    panels = std::max<int64_t>({1, least, std::min(kSliceBytes / panel_bytes, most)});
     count = std::max<int64_t>(1, (total + panels - 1) / panels);
   }
 };
@@ -39,7 +43,7 @@ void fused_rows(Communicator& communicator, const Descriptor& descriptor, GemmAr
                 const std::byte* bias, const std::byte* residual, std::byte* out) {
   const int world = communicator.world(), rank = communicator.rank();
   const int64_t size = static_cast<int64_t>(size_of(args.dtype)), stride = args.n * size;
-  const Slices slices(args.n);
+  const Slices slices(args.rows, args.n, size);
   Call call(communicator, descriptor);
   args.out = call.payload(rank, 0);
   const std::byte* payloads[kMaxWorld];
@@ -76,7 +80,7 @@ void fused_rows(Communicator& communicator, const Descriptor& descriptor, GemmAr
     const auto [begin, count] = columns_of(s);
     call.publish(0, static_cast<int>(s), static_cast<size_t>(args.rows * count * size));
     // Add what has arrived while it is warm; fetch the next into this core's cache meanwhile.
-    if (reduced < s && there(reduced)) reduce(reduced++);
+    while (reduced < s && there(reduced)) reduce(reduced++);
     if (reduced < s && s + 1 < slices.count && there(reduced)) {
       const auto [next, columns] = columns_of(reduced);
       for (int r = 0; r < world; ++r) {
@@ -100,7 +104,7 @@ at::Tensor summed_product(const at::Tensor& x, const at::Tensor& weights, int64_
   GemmArgs args = gemm_args(x, weights, n);
   if (bias) check_matches(*bias, x, {n}, "bias");
   if (residual) check_matches(*residual, x, {args.rows, n}, "residual");
-  at::Tensor out = at::empty({args.rows, n}, x.options());
+  at::Tensor out = empty_output({args.rows, n}, x.scalar_type());
   args.out_stride = args.out_columns = n;
 
   // K is not part of what ranks must agree on: heads may be cut unevenly.
@@ -158,7 +162,7 @@ std::tuple<at::Tensor, at::Tensor> matmul_all_reduce_rms_norm(
   check_matches(norm_weight, x, {n}, "norm_weight");
   at::Tensor summed =
       summed_product(x, weights, n, Communicator::from_handle(handle), bias, residual, true);
-  at::Tensor y = at::empty(summed.sizes(), summed.options());
+  at::Tensor y = empty_output(summed.sizes(), summed.scalar_type());
   const DType dtype = dtype_of_tensor(x, "x");
   const int64_t row_bytes = n * static_cast<int64_t>(size_of(dtype));
   for (int64_t row = 0; row < summed.size(0); ++row) {

@@ -38,7 +38,7 @@ std::tuple<at::Tensor, at::Tensor> verify_chain(const at::Tensor& logits, const 
                 describe(Op::verify_chain, dtype_of_tensor(logits, "logits"), {rows, batch}),
                 logits, vocab_begin, winners.data());
   at::Tensor tokens = at::full({batch, longest + 1}, -1, drafts.options());
-  at::Tensor accepted = at::empty({batch}, drafts.options());
+  at::Tensor accepted = empty_output({batch}, drafts.scalar_type());
   int64_t* out = tokens.mutable_data_ptr<int64_t>();
   const int64_t* winner = winners.data();
   for (int64_t b = 0; b < batch; ++b) {

@@ -27,7 +27,7 @@ Candidate local_winner(DType dtype, const void* row, int64_t columns, int64_t vo
 at::Tensor vocab_parallel_argmax(const at::Tensor& logits, int64_t vocab_begin, int64_t handle) {
   Communicator& communicator = Communicator::from_handle(handle);
   check_matrix(logits, "logits");
-  at::Tensor out = at::empty({logits.size(0)}, logits.options().dtype(at::kLong));
+  at::Tensor out = empty_output({logits.size(0)}, at::kLong);
   vocab_winners(
       communicator,
       describe(Op::vocab_parallel_argmax, dtype_of_tensor(logits, "logits"), {logits.size(0)}),
