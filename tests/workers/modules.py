@@ -7,19 +7,30 @@ import torch.nn.functional as F
 from commfuse.nn import (
     ColumnParallelLinear,
     GatedColumnParallelLinear,
+    KVCache,
+    ParallelAttention,
+    ParallelBlock,
     ParallelMLP,
     RowParallelLinear,
     VocabParallelEmbedding,
+    shard_heads,
     shard_vocabulary,
     split,
 )
+from commfuse.ops import Placement
 from commfuse.runtime.communicator import Communicator
+from commfuse.testing.numerics import digest
 
 HIDDEN, FEATURES, VOCABULARY, ROWS, EPS = 48, 77, 300, 5, 1e-5
 
 
 def run() -> list[str]:
-    """What is wrong."""
+    """What is wrong, of everything here."""
+    return parts() + blocks()
+
+
+def parts() -> list[str]:
+    """Linear layers, the MLP and the embedding."""
     failures = []
     with Communicator(dist.group.WORLD) as comm:
         for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 3e-2)):
@@ -77,3 +88,81 @@ def _modules(comm, random):
     yield "tied head", embedding.logits(x), (x.double() @ table.double().T)[
         :, shard.begin : shard.end
     ]  # fmt: skip
+
+
+def _block(comm, dtype, optional: bool) -> ParallelBlock:
+    """A block of 6 query heads that share 3 KV heads; weights in proportion, as a model's are."""
+    generator = torch.Generator().manual_seed(8)
+    dim, heads, kv_heads = 16, 6, 3
+
+    def random(*shape):
+        return (torch.randn(shape, generator=generator) * shape[-1] ** -0.5).to(dtype)
+
+    q, k, v = (random(count * dim, HIDDEN) for count in (heads, kv_heads, kv_heads))
+    output, gate, up = random(HIDDEN, heads * dim), random(FEATURES, HIDDEN), random(77, HIDDEN)
+    down, middle, following = random(HIDDEN, FEATURES), random(HIDDEN), random(HIDDEN)
+    biases = [random(count) for count in (heads * dim, kv_heads * dim, kv_heads * dim)]
+    output_bias, gate_bias, up_bias, down_bias = (
+        random(count) for count in (HIDDEN, FEATURES, FEATURES, HIDDEN)
+    )
+    norms = (random(dim), random(dim))
+
+    shard = shard_heads(heads, kv_heads, comm.world_size, comm.rank)
+    query, kv = shard.query.scaled(dim), shard.kv.scaled(dim)
+    rows = split(FEATURES, comm.world_size, comm.rank).scaled(1)
+    attention = ParallelAttention(
+        torch.cat((q[query], k[kv], v[kv])),
+        output[:, query],
+        shard,
+        comm,
+        qkv_bias=torch.cat((biases[0][query], biases[1][kv], biases[2][kv])) if optional else None,
+        output_bias=output_bias if optional else None,
+        norms=norms if optional else (None, None),
+        eps=EPS,
+    )
+    gated = GatedColumnParallelLinear(
+        gate[rows], up[rows], *((gate_bias[rows], up_bias[rows]) if optional else ())
+    )
+    mlp = ParallelMLP(
+        gated, RowParallelLinear(down[:, rows], comm, down_bias if optional else None), EPS
+    )
+    return ParallelBlock(attention, mlp, middle, following)
+
+
+def blocks() -> list[str]:
+    """A block in one call equals its halves one after the other, bit for bit; and nearly gloo."""
+    failures = []
+    with (
+        Communicator(dist.group.WORLD) as comm,
+        Communicator(dist.group.WORLD, transport="torch.distributed") as gloo,
+    ):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            for optional in (False, True):
+                name = f"block {dtype} {optional}"
+                block, slow = _block(comm, dtype, optional), _block(gloo, dtype, optional)
+                generator = torch.Generator().manual_seed(9)
+                x, residual = (
+                    torch.randn(7, HIDDEN, generator=generator).to(dtype) for _ in range(2)
+                )
+                angles = torch.randn(16, 8, generator=generator)
+                placement = Placement(
+                    torch.tensor([0, 0, 0, 1, 1, 1, 1]),
+                    torch.tensor([0, 1, 2, 0, 1, 2, 3]),
+                    (angles.cos(), angles.sin()),
+                )
+                heads = shard_heads(6, 3, comm.world_size, comm.rank)
+                caches = [KVCache(1, 2, len(heads.kv), 16, 16, dtype).layers[0] for _ in range(4)]
+                one = block(x, residual, caches[0], placement)
+                again = block(x, residual, caches[1], placement, read_next=block.weights.qkv)
+                middle = block.attention(
+                    x, caches[2], placement, residual, block.weights.middle_norm
+                )
+                two = block.mlp(*middle, block.weights.next_norm)
+                if not digest(*one) == digest(*again) == digest(*two):
+                    failures.append(f"{name}: differs from its halves")
+                other = slow(x, residual, caches[3], placement)
+                for ours, theirs in zip(one, other, strict=True):
+                    distance = (ours.double() - theirs.double()).abs().max()
+                    if not distance <= 8 * torch.finfo(dtype).eps * theirs.double().abs().max():
+                        failures.append(f"{name}: {distance:.2g} from torch.distributed")
+    return failures
