@@ -7,7 +7,7 @@ namespace commfuse {
 namespace {
 
 // A slice should fit the L1 or L2 cache together with its copy; below it a message is one slice.
-constexpr size_t kSliceBytes = 32 * 1024;
+constexpr size_t kSliceBytes = 16 * 1024;
 // From here on two-shot's 2 (W - 1) / W messages cost less than one-shot's W - 1. With two ranks
 // both move the same bytes and one-shot has one wait fewer.
 constexpr size_t kTwoShotBytes = 64 * 1024;
