@@ -12,7 +12,8 @@ namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
 constexpr size_t kChunk = 8 * kHugePage;
-constexpr size_t kAlignment = 4096;
+// No more than a cache line, so that a stream runs on from one weight into the next.
+constexpr size_t kAlignment = 64;
 
 size_t round_up_to(size_t bytes, size_t multiple) {
   return (bytes + multiple - 1) / multiple * multiple;
