@@ -69,8 +69,8 @@ _transformer_block = define(
     " Tensor cos, Tensor sin, Tensor sequences, Tensor positions, Tensor qkv, Tensor? qkv_bias,"
     " Tensor output, Tensor? output_bias, Tensor middle_norm, Tensor gate_up,"
     " Tensor? gate_up_bias, Tensor down, Tensor? down_bias, Tensor next_norm, Tensor? q_norm,"
-    " Tensor? k_norm, Tensor? read_next, int heads, int head_offset, int group, int features, float eps,"
-    " int communicator) -> (Tensor, Tensor)",
+    " Tensor? k_norm, Tensor? read_next, int heads, int head_offset, int group, int features,"
+    " float eps, int communicator) -> (Tensor, Tensor)",
     _fake,
 )
 
@@ -80,7 +80,8 @@ def _cpu(x, residual, w, caches, placement, comm, read_next):
         x, residual, *caches, *placement.rotary, placement.sequences, placement.positions,
         w.qkv.data, w.qkv_bias, w.output.data, w.output_bias, w.middle_norm,
         w.gate_up.data, w.gate_up_bias, w.down.data, w.down_bias, w.next_norm,
-        w.q_norm, w.k_norm, None if read_next is None else read_next.data, *w.heads, w.gate_up.out_features, w.eps, comm.handle,
+        w.q_norm, w.k_norm, None if read_next is None else read_next.data,
+        *w.heads, w.gate_up.out_features, w.eps, comm.handle,
     )  # fmt: skip
 
 

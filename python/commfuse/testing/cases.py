@@ -61,6 +61,13 @@ def _attention(*pairs: tuple[int, int]) -> list[dict[str, int]]:
     return [{"m": m, "context": context, **heads} for m, context in pairs]
 
 
+def _block(
+    tokens: tuple[int, ...], hidden: int, heads: int, kv_heads: int, head_dim: int, features: int
+) -> list[dict[str, int]]:
+    sizes = {"hidden": hidden, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+    return [{"m": m, **sizes, "features": features} for m in tokens]
+
+
 # The down projection of SmolLM2-135M on one rank, and one of a 7B model's half-blocks on two.
 _ROW_PARALLEL = [(m, k, n) for k, n in ((2048, 4096), (1536, 576)) for m in (1, 4, 16, 64)]
 # One off a multiple of 16, of 2 (bfloat16 pairs) and of the GEMM's six rows and its slices.
@@ -99,6 +106,9 @@ CASES: tuple[Case, ...] = (
     *_cases("attention", QUICK, *_attention((1, 128), (1, 1024), (6, 1024))),
     *_cases("attention", MORE, *_attention((1, 4096), (64, 512))),
     *_cases("attention", EDGE, *_attention((1, 0), (5, 0), (7, 17))),
+    *_cases("transformer_block", QUICK, *_block((1, 6), 576, 9, 3, 64, 1536)),
+    *_cases("transformer_block", EDGE, *_block((0, 1, 7), 48, 5, 5, 16, 33)),
+    *_cases("transformer_block", EDGE, *_block((5,), 80, 8, 2, 32, 100)),
     *_cases(
         "vocab_parallel_argmax",
         QUICK,
