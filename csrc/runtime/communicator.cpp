@@ -24,6 +24,19 @@ void pause_briefly() {
 #endif
 }
 
+// An emulated link still carries the message. Ranks may outnumber cores: only the last stretch is
+// spun through.
+void hold_until(int64_t deliver_at) {
+  constexpr int64_t kSpinNs = 50'000;
+  for (int64_t now = now_ns(); now < deliver_at; now = now_ns()) {
+    if (deliver_at - now > kSpinNs) {
+      sched_yield();
+    } else {
+      pause_briefly();
+    }
+  }
+}
+
 // Handles are never used again, so that a stale one cannot reach a newer communicator.
 std::mutex registry_mutex;
 std::vector<Communicator*> registry;
@@ -150,9 +163,7 @@ void Communicator::wait(int peer, int phase, int block, uint64_t expected, const
     if (!there && !read_ahead_.step()) pause_briefly();
   }
   if (!there) wait_slowly(peer, phase, block, expected, mine);
-  if (link_) {
-    while (now_ns() < word.deliver_at) pause_briefly();
-  }
+  if (link_) hold_until(word.deliver_at);
 }
 
 void Communicator::wait_slowly(int peer, int phase, int block, uint64_t expected,

@@ -19,9 +19,8 @@ from commfuse.runtime.communicator import Communicator
 
 USED_OPS = {
     "vocab_parallel_embedding": True,
+    "transformer_block": True,
     "matmul": True,
-    "attention": None,
-    "matmul_all_reduce": True,
     "vocab_parallel_argmax": None,
     "verify_chain": None,
 }
