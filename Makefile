@@ -10,7 +10,7 @@ OPS ?= all_reduce matmul_all_reduce
 SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
-CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc')
 # Folders are listed too: their time changes when a file in them is deleted.
 BUILD_INPUTS := $(shell find csrc) $(wildcard triton_kernels/__init__.py bench/__init__.py)
 

@@ -14,8 +14,8 @@ namespace {
 // exchange, which nothing hides.
 constexpr int64_t kSliceBytes = 4 * 1024;
 
-// Where the columns are cut. A function of the output's shape alone: ranks must cut alike, and their
-// k may differ. No sum crosses a cut, so that a row's bits do not depend on it.
+// Where the columns are cut. A function of the output's shape alone: ranks must cut alike, and
+// their k may differ. No sum crosses a cut, so that a row's bits do not depend on it.
 struct Slices {
   int64_t panels, count;
 

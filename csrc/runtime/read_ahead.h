@@ -9,8 +9,8 @@ namespace commfuse {
 class ReadAhead {
  public:
   ReadAhead() = default;
-  // More than fits the L2 cache beside the activations would push itself out again. A prefetch never
-  // faults, so that the memory may be gone by the time of the wait.
+  // More than fits the L2 cache beside the activations would push itself out again. A prefetch
+  // never faults, so that the memory may be gone by the time of the wait.
   ReadAhead(const void* data, size_t bytes)
       : next_(static_cast<const char*>(data)), end_(next_ + std::min(bytes, kMost)) {}
 

@@ -1,9 +1,9 @@
 // What the launchers need of torch: dtypes, checks with messages, uninitialised outputs.
 #pragma once
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/EmptyTensor.h>
 #include <torch/library.h>
 
 #include "cpu/kernel_table.h"
