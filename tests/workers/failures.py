@@ -112,6 +112,11 @@ def absence() -> dict[str, dict[str, Raised]]:
     return results
 
 
+def run() -> dict[str, dict]:
+    """Both in one job."""
+    return {"mismatches": mismatches(), "absence": absence()}
+
+
 def second_thread() -> tuple[Raised, list[float], list[float]]:
     """A call from another thread while one is waiting; then both threads' results."""
     with communicator() as comm:
