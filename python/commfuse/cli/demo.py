@@ -57,8 +57,8 @@ def demo(
     ensure_smollm2(typer.echo)
     console = Console(highlight=False)
     console.print(
-        "[bold]SmolLM2-135M-Instruct[/], bfloat16, one request. Every row generates the same "
-        f"{max_new_tokens} tokens;\neach process has one thread.\n"
+        "[bold]SmolLM2-135M-Instruct[/], bfloat16, one request, one thread a process, "
+        f"{max_new_tokens} tokens.\n"
     )
     done: list[tuple[_Row, dict]] = []
     # Off a terminal the table is printed once, whole.
@@ -89,8 +89,8 @@ def _table(done: list[tuple[_Row, dict]], link: str | None):
     from rich.table import Table
 
     title = f"emulated link: {link}" if link else None
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
+    table = Table(title=title, title_justify="left", padding=(0, 0, 0, 1))
+    table.add_column("", no_wrap=True)
     for heading in (
         "tokens\n/s", "of\nideal", "compute\nms/tok", "commun.\nms/tok", "reduces\n/tok",
         "bytes\n/tok", "tokens\n/step",
@@ -130,7 +130,7 @@ def _print_floors(console, done: list[tuple[_Row, dict]], link: str | None) -> N
         mark = "  <- binds" if name == binding else ""
         console.print(f"  {name:<17} {milliseconds:6.2f} ms{mark}")
     console.print(
-        f"  a step of commfuse takes {step:.2f} ms: {names[binding] / step:.0%} of it floor"
+        f"  a step of commfuse takes {step:.2f} ms; {names[binding] / step:.0%} of it is that floor"
     )
 
     base, ranks = one["tokens_per_second"], fused["tp"]
