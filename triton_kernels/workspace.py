@@ -17,8 +17,8 @@ from . import protocol
 
 SLOT_ALIGNMENT = 4096  # bytes: a multiple of every tile that a kernel moves
 
-# How often ``wait`` polls, at most: a time-out may come late, never early. CUDA: an H200 makes 2.6 to
-# 3.9 million (4 and 2 ranks on it). Interpreter: one to two milliseconds of Python a poll.
+# How often ``wait`` polls, at most: a time-out may come late, never early. CUDA: an H200 made 2.6
+# to 3.9 million. Interpreter: one to two milliseconds of Python a poll.
 POLLS_PER_SECOND = {"cuda": 4_000_000, "cpu": 800}
 
 OPS = ("none", "all_reduce")  # index = the op's code in a descriptor
