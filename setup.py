@@ -48,6 +48,14 @@ try:
 except ImportError:
     torch = None
 
+OWN_LIBSTDCXX = """
+commfuse: the compiler has linked the C++ library statically into commfuse._C. Beside the one that
+torch brings, its streams break: numbers are read as 0, and messages with numbers crash. Build with
+a compiler that links libstdc++.so, as the system's own does:
+
+    CC=/usr/bin/gcc CXX=/usr/bin/g++ pip install --no-build-isolation --no-deps .      (or -e .)
+"""
+
 NO_TORCH = f"""
 commfuse is compiled against the torch that will load it, and {sys.executable} has none.
 pip's build isolation hides an installed torch, so install it first and turn isolation off:
@@ -183,6 +191,10 @@ class BuildExt(PlainBuildExt if torch is None else cpp_extension.BuildExtension)
         kinds = "C++ and CUDA" if ext.commfuse_no_cuda is None else "C++"
         say(f"compiling {len(ext.sources)} {kinds} files against torch {torch.__version__}")
         super().run()
+        library = Path(self.get_ext_fullpath(ext.name))
+        if b"libstdc++.so" not in library.read_bytes():
+            library.unlink()
+            raise SystemExit(OWN_LIBSTDCXX)
         record = self.record(ext)
         say(f"built commfuse._C for the CPU{' and CUDA' if record['cuda'] else ''}")
         if not record["cuda"]:
