@@ -192,7 +192,8 @@ class BuildExt(PlainBuildExt if torch is None else cpp_extension.BuildExtension)
         say(f"compiling {len(ext.sources)} {kinds} files against torch {torch.__version__}")
         super().run()
         library = Path(self.get_ext_fullpath(ext.name))
-        if b"libstdc++.so" not in library.read_bytes():
+        content = library.read_bytes()
+        if b"basic_string" in content and b"libstdc++.so" not in content:
             library.unlink()
             raise SystemExit(OWN_LIBSTDCXX)
         record = self.record(ext)
