@@ -147,8 +147,4 @@ struct PackedBFloat16 {
   }
 };
 
-inline void prefetch_stream(const void* p) {
-  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_NTA);
-}
-
 }  // namespace commfuse::avx2

@@ -92,8 +92,4 @@ struct PackedBFloat16 {
   static Vec dot(Vec acc, Input x, Weights w) { return {_mm512_dpbf16_ps(acc.v, x, w)}; }
 };
 
-inline void prefetch_stream(const void* p) {
-  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_NTA);
-}
-
 }  // namespace commfuse::avx512

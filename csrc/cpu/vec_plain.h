@@ -185,7 +185,4 @@ struct PackedBFloat16 {
   }
 };
 
-// Fetches what is read once: past the caches that hold what is read again.
-inline void prefetch_stream(const void* p) { __builtin_prefetch(p, 0, 0); }
-
 }  // namespace commfuse::plain

@@ -21,20 +21,28 @@ def comm():
 
 
 def block_arguments(dtype: torch.dtype, handle: int) -> tuple:
-    """Two heads of 16 that share one KV head, 24 features, all that is optional."""
+    """Two blocks: two heads of 16 that share a KV head, 24 features, all that is optional."""
 
     def random(*shape):
         return torch.randn(shape).to(dtype)
 
-    x, caches = random(3, 32), [torch.zeros(1, 1, 16, 16, dtype=dtype) for _ in range(2)]
+    def two(make):
+        return [make(), make()]
+
+    def packed(*shape):
+        return two(lambda: ops.pack_weight(random(*shape)).data)
+
+    def rows(count):
+        return two(lambda: random(count))
+
+    caches = [two(lambda: torch.zeros(1, 1, 16, 16, dtype=dtype)) for _ in range(2)]
     rotary, positions = [torch.randn(16, 8) for _ in range(2)], torch.arange(3)
-    qkv, output = ops.pack_weight(random(64, 32)).data, ops.pack_weight(random(32, 32)).data
-    gate_up = ops.pack_gate_up(random(24, 32), random(24, 32)).data
-    down, norm = ops.pack_weight(random(32, 24)).data, random(16)
+    gate_up = two(lambda: ops.pack_gate_up(random(24, 32), random(24, 32)).data)
+    head = ops.pack_weight(random(33, 32)).data
     return (
-        x, random(3, 32), *caches, *rotary, positions * 0, positions, qkv, random(64),
-        output, random(32), random(32), gate_up, random(64), down, random(32), random(32),
-        norm, norm, qkv, 2, 0, 2, 24, 1e-5, handle,
+        random(3, 32), random(3, 32), *caches, *rotary, positions * 0, positions,
+        packed(64, 32), rows(64), packed(32, 32), rows(32), rows(32), gate_up, rows(64),
+        packed(32, 24), rows(32), rows(32), rows(16), rows(16), head, 2, 0, 2, 24, 1e-5, handle,
     )  # fmt: skip
 
 
@@ -72,7 +80,7 @@ def arguments(name: str, dtype: torch.dtype, handle: int) -> list[tuple]:
             (OPS.attention.default, (qkv, *caches, *rotary, positions * 0, positions, 2, 0, 2,
                                      norms, norms, 1e-6)) for norms in (None, norm)
         ],
-        "transformer_block": [(OPS.transformer_block.default, block_arguments(dtype, handle))],
+        "transformer_blocks": [(OPS.transformer_blocks.default, block_arguments(dtype, handle))],
         "vocab_parallel_argmax": [(OPS.vocab_parallel_argmax.default, (logits, 7, handle))],
         "verify_chain": [
             (OPS.verify_chain.default,

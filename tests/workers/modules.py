@@ -4,6 +4,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from commfuse import ops
 from commfuse.nn import (
     ColumnParallelLinear,
     GatedColumnParallelLinear,
@@ -130,7 +131,9 @@ def _block(comm, dtype, optional: bool) -> ParallelBlock:
 
 
 def blocks() -> list[str]:
-    """A block in one call equals its halves one after the other, bit for bit; and nearly gloo."""
+    """A block in one call equals its halves one after the other, and a stack its blocks, bit for
+    bit; and nearly gloo.
+    """
     failures = []
     with (
         Communicator(dist.group.WORLD) as comm,
@@ -151,7 +154,7 @@ def blocks() -> list[str]:
                     (angles.cos(), angles.sin()),
                 )
                 heads = shard_heads(6, 3, comm.world_size, comm.rank)
-                caches = [KVCache(1, 2, len(heads.kv), 16, 16, dtype).layers[0] for _ in range(4)]
+                caches = KVCache(8, 2, len(heads.kv), 16, 16, dtype).layers
                 one = block(x, residual, caches[0], placement)
                 again = block(x, residual, caches[1], placement, read_next=block.weights.qkv)
                 middle = block.attention(
@@ -160,6 +163,11 @@ def blocks() -> list[str]:
                 two = block.mlp(*middle, block.weights.next_norm)
                 if not digest(*one) == digest(*again) == digest(*two):
                     failures.append(f"{name}: differs from its halves")
+                stack = ops.transformer_blocks(
+                    x, residual, [block.weights] * 2, caches[4:6], placement, comm
+                )
+                if digest(*stack) != digest(*block(*one, caches[6], placement)):
+                    failures.append(f"{name}: a stack differs from its blocks")
                 other = slow(x, residual, caches[3], placement)
                 for ours, theirs in zip(one, other, strict=True):
                     distance = (ours.double() - theirs.double()).abs().max()

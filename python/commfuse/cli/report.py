@@ -19,7 +19,7 @@ from commfuse.runtime.communicator import Communicator
 
 USED_OPS = {
     "vocab_parallel_embedding": True,
-    "transformer_block": True,
+    "transformer_blocks": True,
     "matmul": True,
     "vocab_parallel_argmax": None,
     "verify_chain": None,

@@ -7,6 +7,7 @@ import ctypes
 import torch
 from torch import nn
 
+from commfuse import ops
 from commfuse.errors import UsageError
 from commfuse.models.checkpoint import Checkpoint
 from commfuse.models.config import ModelConfig
@@ -101,7 +102,8 @@ class Llama(nn.Module):
             _return_freed_memory()
 
         head = self.embedding if self.head is None else self.head
-        self._read_next = [*(block.weights.qkv for block in self.blocks[1:]), head.weight]
+        self._stack = [block.weights for block in self.blocks]
+        self._read_next = head.weight
 
     def _block(self, checkpoint: Checkpoint, prefix: str, next_norm: torch.Tensor) -> ParallelBlock:
         config, comm = self.config, self.comm
@@ -190,8 +192,9 @@ class Llama(nn.Module):
         """
         eps = self.config.rms_norm_eps
         x, residual = self.embedding(tokens, self.first_norm, eps)
-        for block, layer, read_next in zip(self.blocks, cache.layers, self._read_next, strict=True):
-            x, residual = block(x, residual, layer, placement, read_next)
+        x, _ = ops.transformer_blocks(
+            x, residual, self._stack, cache.layers, placement, self.comm, read_next=self._read_next
+        )
         if rows is not None:
             x = x[rows]
         return self.embedding.logits(x) if self.head is None else self.head(x, float32_out=True)

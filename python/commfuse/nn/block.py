@@ -84,14 +84,14 @@ class ParallelBlock(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(x, residual) [tokens, hidden] each, x normalised -> the same behind the block.
 
-        One call of :func:`commfuse.ops.transformer_block`; running ``attention`` and ``mlp`` one
+        One call of :func:`commfuse.ops.transformer_blocks`; running ``attention`` and ``mlp`` one
         after the other gives the same bits.
         """
-        return ops.transformer_block(
+        return ops.transformer_blocks(
             x,
             residual,
-            self.weights,
-            cache,
+            [self.weights],
+            [cache],
             placement,
             self.attention.output.comm,
             read_next=read_next,

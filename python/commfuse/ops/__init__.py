@@ -17,7 +17,7 @@ from commfuse.ops.all_reduce_rms_norm import all_reduce_rms_norm
 from commfuse.ops.attention import attention
 from commfuse.ops.matmul import PackedWeight, matmul, pack_gate_up, pack_weight
 from commfuse.ops.matmul_all_reduce import matmul_all_reduce
-from commfuse.ops.transformer_block import BlockWeights, Placement, transformer_block
+from commfuse.ops.transformer_blocks import BlockWeights, Placement, transformer_blocks
 from commfuse.ops.verify_chain import verify_chain
 from commfuse.ops.vocab_parallel_argmax import vocab_parallel_argmax
 from commfuse.ops.vocab_parallel_embedding import vocab_parallel_embedding
@@ -29,7 +29,7 @@ OP_NAMES = (
     "matmul",
     "matmul_all_reduce",
     "attention",
-    "transformer_block",
+    "transformer_blocks",
     "vocab_parallel_argmax",
     "vocab_parallel_embedding",
     "verify_chain",
@@ -89,7 +89,7 @@ __all__ = [
     "op",
     "pack_gate_up",
     "pack_weight",
-    "transformer_block",
+    "transformer_blocks",
     "verify_chain",
     "vocab_parallel_argmax",
     "vocab_parallel_embedding",

@@ -21,7 +21,7 @@ from commfuse.ops.verify_chain import reference as verify_chain_reference
 from commfuse.ops.vocab_parallel_argmax import reference as argmax_reference
 from commfuse.ops.vocab_parallel_embedding import reference as embedding_reference
 from commfuse.testing.adapter import Adapter, Inputs, Outputs
-from commfuse.testing.block import TransformerBlock
+from commfuse.testing.block import TransformerBlocks
 from commfuse.testing.cases import Case
 
 EPS = 1e-5
@@ -380,7 +380,7 @@ ADAPTERS: dict[str, type[Adapter]] = {
         Matmul,
         MatmulAllReduce,
         Attention,
-        TransformerBlock,
+        TransformerBlocks,
         VocabParallelArgmax,
         VocabParallelEmbedding,
         VerifyChain,

@@ -1,4 +1,4 @@
-"""The adapter of ``transformer_block``: a layer of a Llama-family model, cut over the ranks."""
+"""The adapter of ``transformer_blocks``: a layer of a Llama-family model, cut over the ranks."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from commfuse.testing.adapter import Adapter, Inputs
 EPS = 1e-5
 
 
-class TransformerBlock(Adapter):
+class TransformerBlocks(Adapter):
     """Inputs: x and residual [m, hidden], tokens 0 to m - 1 of one sequence, and weight shards."""
 
-    op = "transformer_block"
+    op = "transformer_blocks"
 
     def make(self, random):
         c, world = self.case, self.world_size
@@ -79,11 +79,11 @@ class TransformerBlock(Adapter):
         return self.prepare({**inputs, **own}, backend)  # gate and up are packed anew in any case
 
     def call(self, inputs, comm, backend):
-        return ops.transformer_block(
+        return ops.transformer_blocks(
             inputs["x"],
             inputs["residual"],
-            inputs["weights"],
-            inputs["caches"],
+            [inputs["weights"]],
+            [inputs["caches"]],
             inputs["placement"],
             comm,
             backend=backend,

@@ -106,9 +106,9 @@ CASES: tuple[Case, ...] = (
     *_cases("attention", QUICK, *_attention((1, 128), (1, 1024), (6, 1024))),
     *_cases("attention", MORE, *_attention((1, 4096), (64, 512))),
     *_cases("attention", EDGE, *_attention((1, 0), (5, 0), (7, 17))),
-    *_cases("transformer_block", QUICK, *_block((1, 6), 576, 9, 3, 64, 1536)),
-    *_cases("transformer_block", EDGE, *_block((0, 1, 7), 48, 5, 5, 16, 33)),
-    *_cases("transformer_block", EDGE, *_block((5,), 80, 8, 2, 32, 100)),
+    *_cases("transformer_blocks", QUICK, *_block((1, 6), 576, 9, 3, 64, 1536)),
+    *_cases("transformer_blocks", EDGE, *_block((0, 1, 7), 48, 5, 5, 16, 33)),
+    *_cases("transformer_blocks", EDGE, *_block((5,), 80, 8, 2, 32, 100)),
     *_cases(
         "vocab_parallel_argmax",
         QUICK,

@@ -1,0 +1,170 @@
+"""A stack of transformer blocks in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from commfuse.errors import UsageError
+from commfuse.ops._registry import Backend, Op, cpu_obstacle, define, torch_obstacle
+from commfuse.ops.attention import attention
+from commfuse.ops.matmul import PackedWeight, Weight, matmul
+from commfuse.ops.matmul_all_reduce import matmul_all_reduce
+from commfuse.runtime.communicator import Communicator
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the tokens of one forward pass stand.
+
+    Attributes:
+        sequences: int64 [tokens], the cache's sequence of each.
+        positions: int64 [tokens].
+        rotary: cos and sin, float32 [positions, head_dim / 2].
+    """
+
+    sequences: torch.Tensor
+    positions: torch.Tensor
+    rotary: tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class BlockWeights:
+    """What one rank holds of a block.
+
+    Attributes:
+        qkv: [(heads + 2 kv_heads) * head_dim, hidden]: Q, K and V put together.
+        output: [hidden, heads * head_dim].
+        gate_up: gate and up as :func:`~commfuse.ops.pack_gate_up` makes them.
+        down: [hidden, features of this rank].
+        middle_norm, next_norm: [hidden], RMSNorm between the halves and behind the block.
+        heads: (query heads of this rank, global index of the first, query heads per KV head).
+        eps: of every RMSNorm.
+        qkv_bias, output_bias, gate_up_bias, down_bias: or None; output and down whole.
+        q_norm, k_norm: [head_dim] (Qwen3) or None.
+    """
+
+    qkv: Weight
+    output: Weight
+    gate_up: PackedWeight
+    down: Weight
+    middle_norm: torch.Tensor
+    next_norm: torch.Tensor
+    heads: tuple[int, int, int]
+    eps: float
+    qkv_bias: torch.Tensor | None = None
+    output_bias: torch.Tensor | None = None
+    gate_up_bias: torch.Tensor | None = None
+    down_bias: torch.Tensor | None = None
+    q_norm: torch.Tensor | None = None
+    k_norm: torch.Tensor | None = None
+
+
+def _fake(x, residual, *_):
+    return torch.empty_like(x), torch.empty_like(residual)
+
+
+_transformer_blocks = define(
+    "transformer_blocks(Tensor x, Tensor residual, Tensor(a!)[] k_caches, Tensor(b!)[] v_caches,"
+    " Tensor cos, Tensor sin, Tensor sequences, Tensor positions, Tensor[] qkv,"
+    " Tensor?[] qkv_bias, Tensor[] output, Tensor?[] output_bias, Tensor[] middle_norm,"
+    " Tensor[] gate_up, Tensor?[] gate_up_bias, Tensor[] down, Tensor?[] down_bias,"
+    " Tensor[] next_norm, Tensor?[] q_norm, Tensor?[] k_norm, Tensor? read_next, int heads,"
+    " int head_offset, int group, int features, float eps, int communicator) -> (Tensor, Tensor)",
+    _fake,
+)
+
+
+def _cpu(x, residual, blocks, caches, placement, comm, read_next):
+    first = blocks[0]
+    return _transformer_blocks(
+        x, residual, [k for k, _ in caches], [v for _, v in caches],
+        *placement.rotary, placement.sequences, placement.positions,
+        [w.qkv.data for w in blocks], [w.qkv_bias for w in blocks],
+        [w.output.data for w in blocks], [w.output_bias for w in blocks],
+        [w.middle_norm for w in blocks],
+        [w.gate_up.data for w in blocks], [w.gate_up_bias for w in blocks],
+        [w.down.data for w in blocks], [w.down_bias for w in blocks],
+        [w.next_norm for w in blocks], [w.q_norm for w in blocks], [w.k_norm for w in blocks],
+        None if read_next is None else read_next.data,
+        *first.heads, first.gate_up.out_features, first.eps, comm.handle,
+    )  # fmt: skip
+
+
+def _torch(x, residual, blocks, caches, placement, comm, read_next):
+    for w, cache in zip(blocks, caches, strict=True):
+        heads = attention(
+            matmul(x, w.qkv, w.qkv_bias), cache, placement.rotary, placement.sequences,
+            placement.positions, w.heads, (w.q_norm, w.k_norm), w.eps,
+        )  # fmt: skip
+        x, residual = matmul_all_reduce(
+            heads, w.output, comm, bias=w.output_bias, residual=residual,
+            norm_weight=w.middle_norm, eps=w.eps, backend="torch",
+        )  # fmt: skip
+        x, residual = matmul_all_reduce(
+            matmul(x, w.gate_up, w.gate_up_bias), w.down, comm, bias=w.down_bias,
+            residual=residual, norm_weight=w.next_norm, eps=w.eps, backend="torch",
+        )  # fmt: skip
+    return x, residual
+
+
+OP = Op(
+    "transformer_blocks",
+    (Backend("cpu", _cpu, cpu_obstacle), Backend("torch", _torch, torch_obstacle)),
+)
+
+
+def transformer_blocks(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    blocks: Sequence[BlockWeights],
+    caches: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    placement: Placement,
+    comm: Communicator,
+    *,
+    read_next: PackedWeight | None = None,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention and gated MLP of consecutive layers, with their all-reduces and RMSNorms.
+
+    The same as :func:`matmul`, :func:`attention`, :func:`matmul_all_reduce`, :func:`matmul` and
+    :func:`matmul_all_reduce` for each block in turn, bit for bit, without returning to Python in
+    between: at one token that would take as long as reading the weights of the smaller layers.
+
+    Args:
+        x: [tokens, hidden], normalised.
+        residual: [tokens, hidden], equal on all ranks.
+        blocks: what this rank holds of each, at least one; all with the same heads, features and
+            eps.
+        caches: K and V of each block; written.
+        placement: of the tokens.
+        comm: every rank must call.
+        read_next: a weight that is needed behind the blocks; while a rank waits for the others, it
+            fetches the beginning of what comes next into its cache. Changes no result.
+        backend: ``"auto"``, ``"cpu"`` or ``"torch"`` (the five ops, with torch.distributed).
+
+    Returns:
+        (RMSNorm(residual') · next_norm of the last block, residual'), [tokens, hidden] each.
+
+    Raises:
+        UsageError: no blocks, a number of caches that is not theirs, or blocks of unequal sizes.
+        CommunicatorError, BackendUnavailable: as :func:`~commfuse.ops.all_reduce`.
+
+    Example:
+        >>> x, residual = transformer_blocks(x, residual, [weights], [(k, v)], placement, comm)
+    """
+    if len(caches) != len(blocks) or not blocks:
+        raise UsageError(f"transformer_blocks: {len(blocks)} blocks and {len(caches)} caches")
+    first = blocks[0]
+    sizes = (first.heads, first.gate_up.out_features, first.eps)
+    for number, w in enumerate(blocks):
+        if (w.heads, w.gate_up.out_features, w.eps) != sizes:
+            raise UsageError(
+                "transformer_blocks: (heads, features, eps) of block 0 and block "
+                f"{number} differ: {sizes} and {(w.heads, w.gate_up.out_features, w.eps)}; call "
+                "it once for each run of equal blocks"
+            )
+    run = OP.select(backend, comm, x, isinstance(first.qkv, PackedWeight))
+    return run(x, residual, blocks, caches, placement, comm, read_next)
