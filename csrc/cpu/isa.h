@@ -14,3 +14,9 @@
   _Pragma("GCC push_options") _Pragma(COMMFUSE_STRING_(GCC target(features)))
 #define COMMFUSE_TARGET_END _Pragma("GCC pop_options")
 #endif
+
+// Compilers that know the tile instructions; the others leave the amx variant out.
+#if defined(__x86_64__) && \
+    (defined(__clang__) ? __clang_major__ >= 12 : defined(__GNUC__) && __GNUC__ >= 11)
+#define COMMFUSE_WITH_AMX
+#endif

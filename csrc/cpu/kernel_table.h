@@ -86,6 +86,11 @@ struct KernelTable {
   float (*read_memory)(const void* data, size_t bytes);
 };
 
+namespace amx {
+// The only entry that is not avx512's. A pointer: GCC would take the definition, compiled for more
+// than this declaration, for another version of a function.
+extern void (*const gemm)(const GemmArgs&, int64_t panel_begin, int64_t panel_end);
+}  // namespace amx
 namespace avx512 {
 extern const KernelTable table;
 }
@@ -96,7 +101,7 @@ namespace plain {
 extern const KernelTable table;
 }
 
-// The table for this processor, or the one named by COMMFUSE_CPU_ISA (avx512, avx2, plain).
+// The table for this processor, or the one named by COMMFUSE_CPU_ISA (amx, avx512, avx2, plain).
 // Throws std::invalid_argument if the name is unknown or the processor cannot run it.
 const KernelTable& kernels();
 

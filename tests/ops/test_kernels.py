@@ -17,6 +17,8 @@ def instruction_sets() -> list[str]:
         found.append("avx2")
         if {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"} <= flags:
             found.append("avx512")
+            if {"amx_tile", "amx_bf16"} <= flags:
+                found.append("amx")
     return found
 
 

@@ -39,8 +39,8 @@ def _wrong(ours: torch.Tensor, exact: torch.Tensor, flushed: torch.Tensor) -> in
 
 
 def _flushes(dtype: torch.dtype) -> bool:
-    """AVX-512's bfloat16 instructions have no subnormal numbers (Intel SDM, VDPBF16PS)."""
-    return dtype == torch.bfloat16 and _extension.require().cpu_isa() == "avx512"
+    """Instructions for bfloat16 have no subnormal numbers (Intel SDM, VDPBF16PS, TDPBF16PS)."""
+    return dtype == torch.bfloat16 and _extension.require().cpu_isa() in ("avx512", "amx")
 
 
 def _rounded_sums() -> list[str]:
@@ -94,15 +94,21 @@ def _rows_of_matmul() -> list[str]:
     """A row's bits do not depend on the rows beside it."""
     failures = []
     for dtype in DTYPES:
-        for n, k in ((1, 1), (77, 129), (130, 64), (16, 4097)):
+        # Around what the variants unroll: 32 k and 16 outputs of a tile, panels of 64 outputs.
+        sizes = ((1, 1), (77, 129), (130, 64), (16, 4097), (65, 31), (64, 32), (33, 33), (100, 576))
+        for n, k in sizes:
             generator = torch.Generator().manual_seed(n)
-            x = torch.randn(64, k, generator=generator).to(dtype)
-            w = ops.pack_weight(torch.randn(n, k, generator=generator).to(dtype))
+            x = torch.randn(100, k, generator=generator).to(dtype)
+            # Products down to subnormal numbers, which some instructions take for zero.
+            x[::7] *= torch.finfo(dtype).tiny ** 0.5
+            w = torch.randn(n, k, generator=generator).to(dtype)
+            w[::5] *= torch.finfo(dtype).tiny ** 0.5
+            w = ops.pack_weight(w)
             bias = torch.randn(n, generator=generator).to(dtype)
             for float32_out in (False, True):
                 whole = ops.matmul(x, w, bias, float32_out=float32_out)
-                for m in (1, 2, 3, 4, 5, 6, 7, 13):
-                    for begin in (0, 64 - m):
+                for m in (1, 2, 3, 4, 5, 6, 7, 13, 16, 17, 33, 64):
+                    for begin in (0, 100 - m):
                         part = ops.matmul(x[begin : begin + m], w, bias, float32_out=float32_out)
                         if digest(part) != digest(whole[begin : begin + m]):
                             failures.append(f"{dtype} n={n} k={k} m={m} {float32_out}")

@@ -17,11 +17,12 @@ from commfuse.cli.ranks import started_ranks
 from commfuse.errors import UsageError
 
 # What csrc/cpu/kernel_table.cpp asks of a processor for each variant, the fastest first.
+AVX2 = ("avx2", "fma", "f16c")
+AVX512 = (*AVX2, "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16")
 ISA_FEATURES = {
-    "avx512": (
-        *("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"),
-    ),
-    "avx2": ("avx2", "fma", "f16c"),
+    "amx": (*AVX512, "amx_tile", "amx_bf16"),
+    "avx512": AVX512,
+    "avx2": AVX2,
     "plain": (),
 }
 VECTOR_FEATURES = ("avx", "fma", "f16c", "amx", "asimd", "sve", "bf16")
