@@ -161,7 +161,7 @@ def measure_case(case: Case, options: Options, comm: Communicator) -> list[dict]
     streams = adapter.streamed_bytes() > 0 and _extension.module is not None
     if streams:
         cells.append(_read_cell())
-    times = measure(cells, comm, options.iterations)
+    times = measure(cells, comm, options.iterations, interleaved=streams)
     read_gb_per_s = READ_SLICE / times[_READ].p50_us / 1e3 if streams else None
     return [
         _row(adapter, options, comm, times, cell.name, len(cell.calls), read_gb_per_s)

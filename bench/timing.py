@@ -73,7 +73,10 @@ def _calls_per_round(cell: Cell, comm: Communicator, iterations: int | None) -> 
 
 
 def measure(
-    cells: Sequence[Cell], comm: Communicator, iterations: int | None = None
+    cells: Sequence[Cell],
+    comm: Communicator,
+    iterations: int | None = None,
+    interleaved: bool = False,
 ) -> dict[str, Times]:
     """Times cells side by side; every rank calls with the same cells.
 
@@ -82,6 +85,9 @@ def measure(
         comm: its barrier precedes every call.
         iterations: calls of each cell, rounded up to a multiple of the rounds; None: about a
             second's worth.
+        interleaved: cells take turns call by call, with equally many calls. For cells that start
+            cold in any case: a drift of the memory's speed then hits all of them alike, and small
+            differences between them show.
 
     Returns:
         By cell name, from each call's slowest rank.
@@ -90,14 +96,22 @@ def measure(
         >>> measure([Cell("cpu", [lambda: ops.all_reduce(x, comm)])], comm)["cpu"].p50_us
         3.1
     """
-    counts = [_calls_per_round(cell, comm, iterations) for cell in cells]
+    rounds, counts = ROUNDS, [_calls_per_round(cell, comm, iterations) for cell in cells]
+    if interleaved:
+        rounds, counts = ROUNDS * min(counts), [1] * len(cells)
     times: list[list[int]] = [[] for _ in cells]
+    order = np.random.default_rng(0)
     gc.collect()
     gc.disable()
     try:
-        for _ in range(ROUNDS):
-            for cell, count, taken in zip(cells, counts, times, strict=True):
-                taken += _time(cell, comm, len(taken), count)
+        for _ in range(rounds):
+            # In another order each time: what a cell leaves in the caches must not always meet the
+            # same successor. Every rank draws the same orders.
+            for number in order.permutation(len(cells)):
+                cell, taken = cells[number], times[number]
+                # Cells may share their inputs: none may find what the one before has just read.
+                first = len(taken) + number * len(cell.calls) // len(cells)
+                taken += _time(cell, comm, first, counts[number])
     finally:
         gc.enable()
     result = {}

@@ -1,10 +1,10 @@
 // GEMM for bfloat16 on Intel's AMX tiles: 16 rows of 32 k times 32 k of 16 outputs. The packed
 // weights lie as the tiles want them: a tile is 16 pairs of k, 64 bytes each, a step apart.
 //
-// TDPBF16PS sums the 16 even and the 16 odd products of a tile each by itself, from zero, by fused
-// multiply-adds, adds the two sums, and adds that to the accumulator; subnormal numbers count as
-// zero. For one or two rows, where tiles would stream more slowly, AVX-512 does exactly the same,
-// so that a row's bits do not depend on its batch.
+// Tiles serve a single row, too: they stream weights as fast as memory gives them, and a row's bits
+// could not be independent of its batch if few rows went another way, since TDPBF16PS rounds unlike
+// any AVX-512 instruction: it sums the 16 even and the 16 odd products of a tile each from zero by
+// fused multiply-adds, adds the two sums, then adds that to the accumulator.
 #pragma once
 
 #include "cpu/kernel_table.h"
@@ -17,7 +17,6 @@ using avx512::store;
 
 constexpr int64_t kTileRows = 16;  // of x and of the accumulators
 constexpr int64_t kTileK = 32;
-constexpr int64_t kFmaRows = 2;  // up to so many rows go without tiles
 // Above 16 rows the weights come from memory a chunk at a time: all rows use a chunk of 64 KB while
 // the next one arrives in the L2 cache.
 constexpr int64_t kChunkTiles = 16;
@@ -41,21 +40,6 @@ inline void configure_tiles(int64_t rows) {
   asm volatile("ldtilecfg %0" ::"m"(config));
 }
 
-// Runs of multiplications with a subnormal number as zero, as tiles take it.
-class SubnormalsAreZero {
- public:
-  SubnormalsAreZero() {
-    asm volatile("stmxcsr %0" : "=m"(saved_)::"memory");
-    set(saved_ | kFlushToZero | kDenormalsAreZero);
-  }
-  ~SubnormalsAreZero() { set(saved_); }
-
- private:
-  static constexpr uint32_t kFlushToZero = 0x8000, kDenormalsAreZero = 0x0040;
-  static void set(uint32_t control) { asm volatile("ldmxcsr %0" ::"m"(control) : "memory"); }
-  uint32_t saved_;
-};
-
 // A stretch of k: x [rows, tiles * 32] times part of a panel, into (or onto) float32 accumulators
 // [rows, 64].
 struct Stretch {
@@ -67,64 +51,6 @@ struct Stretch {
   float* out;
   bool add;  // onto what is there
 };
-
-// Not inlined: nothing of it may move out of the scope of SubnormalsAreZero.
-template <int R, int V>
-__attribute__((noinline)) void multiply_fma(Stretch s) {
-  const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000));
-  __m512 acc[R][V];
-  for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < V; ++v) {
-      acc[r][v] =
-          s.add ? _mm512_loadu_ps(s.out + r * kPanelColumns + v * kLanes) : _mm512_setzero_ps();
-    }
-  }
-  for (int64_t tile = 0; tile < s.tiles; ++tile, s.x += kTileK) {
-    __m512 even[R][V], odd[R][V];
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < V; ++v) even[r][v] = odd[r][v] = _mm512_setzero_ps();
-    for (int64_t i = 0; i < kTileK; i += 2, s.w += s.step) {
-      __m512 x_even[R], x_odd[R];
-      for (int r = 0; r < R; ++r) {
-        int pair;
-        __builtin_memcpy(&pair, s.x + r * s.x_stride + i, 4);
-        const __m512i both = _mm512_set1_epi32(pair);
-        x_even[r] = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
-        x_odd[r] = _mm512_castsi512_ps(_mm512_and_si512(both, high));
-      }
-      for (int v = 0; v < V; ++v) {
-        const BFloat16* w = s.w + v * 2 * kLanes;
-        _mm_prefetch(reinterpret_cast<const char*>(w) + 4096, _MM_HINT_T0);
-        const __m512i both = _mm512_loadu_si512(w);
-        const __m512 w_even = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
-        const __m512 w_odd = _mm512_castsi512_ps(_mm512_and_si512(both, high));
-        for (int r = 0; r < R; ++r) {
-          even[r][v] = _mm512_fmadd_ps(x_even[r], w_even, even[r][v]);
-          odd[r][v] = _mm512_fmadd_ps(x_odd[r], w_odd, odd[r][v]);
-        }
-      }
-    }
-    for (int r = 0; r < R; ++r) {
-      for (int v = 0; v < V; ++v) {
-        acc[r][v] = _mm512_add_ps(acc[r][v], _mm512_add_ps(even[r][v], odd[r][v]));
-      }
-    }
-  }
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) _mm512_storeu_ps(s.out + r * kPanelColumns + v * kLanes, acc[r][v]);
-}
-
-template <int R>
-inline void multiply_fma(const Stretch& s, int64_t vecs) {
-  const SubnormalsAreZero scope;
-  if (vecs == kPanelVecs) return multiply_fma<R, kPanelVecs>(s);
-  for (int64_t v = 0; v < vecs; ++v) {
-    Stretch one = s;
-    one.w += v * 2 * kLanes;
-    one.out += v * kLanes;
-    multiply_fma<R, 1>(one);
-  }
-}
 
 constexpr int64_t kOutBytes = kPanelColumns * sizeof(float);
 
@@ -236,8 +162,6 @@ inline int64_t first_row(int64_t tile, int64_t rows) {
 
 // Any number of rows of a group; a tile's accumulators lie at 16 times its number.
 inline void multiply(const Stretch& s, int64_t rows, int64_t vecs) {
-  if (rows == 1) return multiply_fma<1>(s, vecs);
-  if (rows == 2) return multiply_fma<2>(s, vecs);
   const char* w = reinterpret_cast<const char*>(s.w);
   if (rows <= kTileRows) return multiply_rows(s, vecs, {w + 4096, 16});
   // The lines of the next chunk, evenly over this one.
@@ -322,11 +246,11 @@ inline void gemm_bfloat16(const GemmArgs& a, int64_t panel_begin, int64_t panel_
     group.rows = a.rows - row < group_rows ? a.rows - row : group_rows;
     group.x = static_cast<const BFloat16*>(a.x) + row * a.x_stride;
     group.out = static_cast<char*>(a.out) + row * a.out_stride * (a.out_float32 ? 4 : 2);
-    if (group.rows > kFmaRows) configure_tiles(group.rows < kTileRows ? group.rows : kTileRows);
+    configure_tiles(group.rows < kTileRows ? group.rows : kTileRows);
     gemm_group(group, panel_begin, panel_end);
   }
   // Frees the state that the kernel would otherwise save at every switch of tasks.
-  if (a.rows > kFmaRows) _tile_release();
+  _tile_release();
 }
 
 }  // namespace commfuse::amx

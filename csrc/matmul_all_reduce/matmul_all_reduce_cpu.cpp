@@ -4,6 +4,7 @@
 #include "matmul_all_reduce/matmul_all_reduce.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "matmul/gemm.h"
 
@@ -12,7 +13,7 @@ namespace {
 
 // Payload of one slice: below it, publishing and awaiting would show; above, the last slice's
 // exchange, which nothing hides.
-constexpr int64_t kSliceBytes = 4 * 1024;
+constexpr int64_t kSliceBytes = 16 * 1024;
 
 // Where the columns are cut. A function of the output's shape alone: ranks must cut alike, and
 // their k may differ. No sum crosses a cut, so that a row's bits do not depend on it.
@@ -30,14 +31,6 @@ struct Slices {
   }
 };
 
-void prefetch_block(const std::byte* data, int64_t rows, int64_t stride, int64_t bytes) {
-  for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t i = 0; i < bytes; i += static_cast<int64_t>(kLine)) {
-      __builtin_prefetch(data + row * stride + i);
-    }
-  }
-}
-
 // Rows that fit the communicator's payload in one call.
 void fused_rows(Communicator& communicator, const Descriptor& descriptor, GemmArgs args,
                 const std::byte* bias, const std::byte* residual, std::byte* out) {
@@ -45,22 +38,41 @@ void fused_rows(Communicator& communicator, const Descriptor& descriptor, GemmAr
   const int64_t size = static_cast<int64_t>(size_of(args.dtype)), stride = args.n * size;
   const Slices slices(args.rows, args.n, size);
   Call call(communicator, descriptor);
-  args.out = call.payload(rank, 0);
+  args.out = out;
   const std::byte* payloads[kMaxWorld];
   for (int r = 0; r < world; ++r) payloads[r] = call.payload(r, 0);
 
-  auto columns_of = [&](int64_t s) {
+  struct Slice {
+    int64_t begin, columns;            // of the output
+    int64_t row_bytes, offset, bytes;  // in the payload, where a slice lies in one piece
+  };
+  auto slice = [&](int64_t s) {
     const int64_t begin = s * slices.panels * kPanelColumns;
-    return std::pair{begin, std::min(args.n, begin + slices.panels * kPanelColumns) - begin};
+    const int64_t columns = std::min(args.n, begin + slices.panels * kPanelColumns) - begin;
+    return Slice{begin, columns, columns * size, args.rows * begin * size,
+                 args.rows * columns * size};
+  };
+  // Not computed into the payload: the peers' caches still hold its lines, and short scattered
+  // stores would wait for each of them. A copy in one piece is fetched ahead by the hardware.
+  auto push = [&](int64_t s) {
+    const Slice part = slice(s);
+    std::byte* to = call.payload(rank, 0) + part.offset;
+    for (int64_t row = 0; row < args.rows; ++row) {
+      std::memcpy(to + row * part.row_bytes, out + row * stride + part.begin * size,
+                  part.row_bytes);
+    }
+    call.publish(0, static_cast<int>(s), static_cast<size_t>(part.bytes));
   };
   auto reduce = [&](int64_t s) {
-    const auto [begin, count] = columns_of(s);
+    const Slice part = slice(s);
     for (int64_t row = 0; row < args.rows; ++row) {
-      const int64_t offset = row * stride + begin * size;
+      const int64_t offset = row * stride + part.begin * size;
       const void* sources[kMaxWorld];
-      for (int r = 0; r < world; ++r) sources[r] = payloads[r] + offset;
-      kernels().sum({args.dtype, sources, world, bias ? bias + begin * size : nullptr,
-                     residual ? residual + offset : nullptr, out + offset, count});
+      for (int r = 0; r < world; ++r) {
+        sources[r] = r == rank ? out + offset : payloads[r] + part.offset + row * part.row_bytes;
+      }
+      kernels().sum({args.dtype, sources, world, bias ? bias + part.begin * size : nullptr,
+                     residual ? residual + offset : nullptr, out + offset, part.columns});
     }
     call.trace(TraceEvent::Kind::reduced, static_cast<int>(s));
   };
@@ -77,18 +89,8 @@ void fused_rows(Communicator& communicator, const Descriptor& descriptor, GemmAr
     run_gemm(args, s * slices.panels, panel_end);
     call.trace(TraceEvent::Kind::computed, static_cast<int>(s));
     const CommunicationTimer timer(communicator);
-    const auto [begin, count] = columns_of(s);
-    call.publish(0, static_cast<int>(s), static_cast<size_t>(args.rows * count * size));
-    // Add what has arrived while it is warm; fetch the next into this core's cache meanwhile.
+    push(s);
     while (reduced < s && there(reduced)) reduce(reduced++);
-    if (reduced < s && s + 1 < slices.count && there(reduced)) {
-      const auto [next, columns] = columns_of(reduced);
-      for (int r = 0; r < world; ++r) {
-        if (r != rank) {
-          prefetch_block(payloads[r] + next * size, args.rows, stride, columns * size);
-        }
-      }
-    }
   }
   const CommunicationTimer timer(communicator);
   for (; reduced < slices.count; ++reduced) {
