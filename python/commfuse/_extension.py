@@ -85,6 +85,15 @@ def require() -> ModuleType:
     return module
 
 
+def why_no_cuda() -> str | None:
+    """Why this installation has no CUDA kernels, or None if it has."""
+    if module is None:
+        return reason
+    if not build_record["cuda"]:
+        return f"the extension was built without CUDA: {build_record['no_cuda']}"
+    return None
+
+
 def summary() -> str:
     """One line: what was built, against what, and what was left out and why."""
     if module is None:

@@ -38,7 +38,7 @@ class Backend:
     """One implementation of an op.
 
     Attributes:
-        name: ``cpu``, ``triton`` or ``torch``.
+        name: ``cpu``, ``cuda``, ``triton`` or ``torch``.
         run: the implementation, called with the op's own arguments.
         obstacle: why it cannot serve a query, or None if it can.
         automatic: whether ``auto`` may choose it.
@@ -125,7 +125,7 @@ class Op:
 
 
 _LOCAL_CHOICES: dict[Any, Callable[..., Any]] = {}
-CPU_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # that our kernels take
 
 
 def cpu_obstacle(comm: Communicator | None, query: Query) -> str | None:
@@ -134,7 +134,7 @@ def cpu_obstacle(comm: Communicator | None, query: Query) -> str | None:
         return f"runs on the CPU, not on {query.device}"
     if _extension.module is None:
         return _extension.reason
-    if query.dtype not in CPU_DTYPES:
+    if query.dtype not in DTYPES:
         return f"takes bfloat16, float16 and float32, not {query.dtype}"
     if query.packed is False:
         return "takes weights packed by commfuse.ops.pack_weight"
@@ -143,10 +143,33 @@ def cpu_obstacle(comm: Communicator | None, query: Query) -> str | None:
     return None
 
 
+def cuda_obstacle(comm: Communicator | None, query: Query) -> str | None:
+    """Why our CUDA kernels cannot serve a query, or None."""
+    if query.device != "cuda":
+        return f"runs on a GPU, not on {query.device}"
+    if why := _extension.why_no_cuda():
+        return why
+    if query.dtype not in DTYPES:
+        return f"takes bfloat16, float16 and float32, not {query.dtype}"
+    if query.packed:
+        return "takes plain weights [n, k]; this one is packed for the CPU"
+    if comm is None or comm.device.type != "cuda":
+        return "the communicator is for the CPU; make it with Communicator(group, device='cuda')"
+    if not comm.serves_gpu:
+        because = f": {comm.transport_reason}" if comm.transport_reason else ""
+        return f"needs GPUs that map each other's memory; transport {comm.transport}{because}"
+    return None
+
+
 def torch_obstacle(comm: Communicator | None, query: Query) -> str | None:
     """Why torch and torch.distributed cannot serve a query, or None."""
+    if query.packed and query.device != "cpu":
+        return "the weight is packed for the CPU"
     if query.packed and _extension.module is None:
         return _extension.reason
+    symmetric = comm is not None and query.device == "cuda" and comm.torch_uses_symmetric_memory
+    if symmetric and query.dtype not in (torch.bfloat16, torch.float32):
+        return f"torch's symmetric-memory ops take bfloat16 and float32, not {query.dtype}"
     return None
 
 

@@ -6,7 +6,14 @@ from collections.abc import Sequence
 
 import torch
 
-from commfuse.ops._registry import Backend, Op, cpu_obstacle, define, torch_obstacle
+from commfuse.ops._registry import (
+    Backend,
+    Op,
+    cpu_obstacle,
+    cuda_obstacle,
+    define,
+    torch_obstacle,
+)
 from commfuse.ops._triton import all_reduce_triton, triton_obstacle
 from commfuse.runtime.communicator import Communicator
 
@@ -23,7 +30,7 @@ def reference(xs: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.stack([x.double() for x in xs]).sum(0)
 
 
-def _cpu(x: torch.Tensor, comm: Communicator) -> torch.Tensor:
+def _native(x: torch.Tensor, comm: Communicator) -> torch.Tensor:
     return _all_reduce(x, comm.handle)
 
 
@@ -34,7 +41,8 @@ def _torch(x: torch.Tensor, comm: Communicator) -> torch.Tensor:
 OP = Op(
     "all_reduce",
     (
-        Backend("cpu", _cpu, cpu_obstacle),
+        Backend("cpu", _native, cpu_obstacle),
+        Backend("cuda", _native, cuda_obstacle),
         Backend("triton", all_reduce_triton, triton_obstacle, automatic=False),
         Backend("torch", _torch, torch_obstacle),
     ),
@@ -51,14 +59,15 @@ def all_reduce(x: torch.Tensor, comm: Communicator, backend: str = "auto") -> to
     Args:
         x: any shape, contiguous; bfloat16, float16 or float32. Equal shape and dtype on all ranks.
         comm: every rank must call.
-        backend: ``"auto"``, ``"cpu"``, ``"triton"`` or ``"torch"`` (torch.distributed: equality
-            across ranks only).
+        backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"torch"`` (torch.distributed:
+            equality across ranks only).
 
     Returns:
         A new tensor like ``x``.
 
     Raises:
-        CommunicatorError: a rank called something else, was late, or is gone.
+        CommunicatorError: a rank called something else, was late, or is gone. On a GPU a later call
+            or ``comm.check()`` raises it.
         BackendUnavailable: ``backend`` cannot serve this call; the message says why.
 
     Example:

@@ -7,7 +7,14 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from commfuse.ops._registry import Backend, Op, cpu_obstacle, define, torch_obstacle
+from commfuse.ops._registry import (
+    Backend,
+    Op,
+    cpu_obstacle,
+    cuda_obstacle,
+    define,
+    torch_obstacle,
+)
 from commfuse.runtime.communicator import Communicator
 
 
@@ -33,7 +40,7 @@ def reference(
     return total * scale * weight.double(), total
 
 
-def _cpu(x, residual, weight, eps, comm):
+def _native(x, residual, weight, eps, comm):
     return _all_reduce_rms_norm(x, residual, weight, eps, comm.handle)
 
 
@@ -46,7 +53,11 @@ def _torch(x, residual, weight, eps, comm):
 
 OP = Op(
     "all_reduce_rms_norm",
-    (Backend("cpu", _cpu, cpu_obstacle), Backend("torch", _torch, torch_obstacle)),
+    (
+        Backend("cpu", _native, cpu_obstacle),
+        Backend("cuda", _native, cuda_obstacle),
+        Backend("torch", _torch, torch_obstacle),
+    ),
 )
 
 
@@ -69,7 +80,7 @@ def all_reduce_rms_norm(
         weight: [hidden].
         eps: added to the mean square.
         comm: every rank must call.
-        backend: ``"auto"``, ``"cpu"`` or ``"torch"``.
+        backend: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"torch"``.
 
     Returns:
         (y, residual'), both [rows, hidden], the same bits on every rank.

@@ -7,7 +7,14 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from commfuse.ops._registry import Backend, Op, cpu_obstacle, define, torch_obstacle
+from commfuse.ops._registry import (
+    Backend,
+    Op,
+    cpu_obstacle,
+    cuda_obstacle,
+    define,
+    torch_obstacle,
+)
 from commfuse.ops.matmul import PackedWeight, Weight, matmul
 from commfuse.ops.matmul import reference as matmul_reference
 from commfuse.runtime.communicator import Communicator
@@ -52,12 +59,18 @@ def reference(
     return total * scale * norm_weight.double(), total
 
 
-def _cpu(x, w, comm, bias, residual, norm_weight, eps):
+def _native(x, data, n, comm, bias, residual, norm_weight, eps):
     if norm_weight is None:
-        return _matmul_all_reduce(x, w.data, w.n, comm.handle, bias, residual)
-    return _matmul_all_reduce_rms_norm(
-        x, w.data, w.n, comm.handle, bias, residual, norm_weight, eps
-    )
+        return _matmul_all_reduce(x, data, n, comm.handle, bias, residual)
+    return _matmul_all_reduce_rms_norm(x, data, n, comm.handle, bias, residual, norm_weight, eps)
+
+
+def _cpu(x, w, *rest):
+    return _native(x, w.data, w.n, *rest)
+
+
+def _cuda(x, w, *rest):
+    return _native(x, w, w.shape[0], *rest)
 
 
 def _torch(x, w, comm, bias, residual, norm_weight, eps):
@@ -72,7 +85,11 @@ def _torch(x, w, comm, bias, residual, norm_weight, eps):
 
 OP = Op(
     "matmul_all_reduce",
-    (Backend("cpu", _cpu, cpu_obstacle), Backend("torch", _torch, torch_obstacle)),
+    (
+        Backend("cpu", _cpu, cpu_obstacle),
+        Backend("cuda", _cuda, cuda_obstacle),
+        Backend("torch", _torch, torch_obstacle),
+    ),
 )
 
 
@@ -95,14 +112,14 @@ def matmul_all_reduce(
 
     Args:
         x: [rows, k of this rank], contiguous; bfloat16, float16 or float32. Ranks may differ in k.
-        w: this rank's columns of the weight: a :class:`~commfuse.ops.PackedWeight` [n, k], or a
-            tensor for torch's GEMM followed by torch.distributed.
+        w: this rank's columns of the weight, [n, k]: a tensor on a GPU; on the CPU a
+            :class:`~commfuse.ops.PackedWeight` (a tensor: torch's GEMM, then torch.distributed).
         comm: every rank must call.
         bias: [n], the whole bias, equal on all ranks; added once.
         residual: [rows, n], equal on all ranks.
         norm_weight: [n].
         eps: of RMSNorm.
-        backend: ``"auto"``, ``"cpu"`` or ``"torch"``.
+        backend: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"torch"``.
 
     Returns:
         [rows, n]; with ``norm_weight`` the pair (normalised, residual'), [rows, n] each.

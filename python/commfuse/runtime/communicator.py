@@ -6,6 +6,7 @@ import os
 import socket
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +16,18 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from commfuse import _extension
 from commfuse.errors import BackendUnavailable, CommunicatorClosed, UsageError
+from commfuse.runtime import symmetric
 from commfuse.runtime.link import Link
 
 SHARED_MEMORY = "shared memory"
+SYMMETRIC_MEMORY = "symmetric memory"
 TORCH_DISTRIBUTED = "torch.distributed"
 LOCAL = "local"
 
 DEFAULT_PAYLOAD_BYTES = 4 << 20
-DEFAULT_WORKSPACE_BYTES = 1 << 20
+DEFAULT_WORKSPACE_BYTES = {"cpu": 1 << 20, "cuda": 16 << 20}
+HOST_PAYLOAD_BYTES = 4096  # of a CUDA communicator, whose messages stay on the GPUs
+GPU_SLOT_ALIGNMENT = 256
 MOST_BYTES = 1 << 47  # the address space of a process; also keeps all sizes within 64 bits
 
 
@@ -58,19 +63,32 @@ class Communicator:
 
     Args:
         group: a ``ProcessGroup``, a one-dimensional ``DeviceMesh``, or None for a group of one.
-        transport: ``"shared memory"``, ``"torch.distributed"``, or ``"auto"``: the first where all
-            ranks run on one host (the CPU op kernels need it), else the second.
+        device: where its tensors are: None or ``"cpu"``, or a CUDA device (``"cuda"``: the current
+            one). A CUDA communicator shares host memory as well, to learn of peers that fail.
+        transport: ``"shared memory"`` on the CPU, ``"symmetric memory"`` on GPUs (torch's: they map
+            each other's memory), or ``"torch.distributed"``. ``"auto"``: one of the first two where
+            all ranks run on one host (our kernels need it), else the last; ``transport_reason``
+            then says why.
         payload_bytes: the largest message that one call can carry, bytes; larger ones take several.
-            All ranks together reserve about ``2 W (1 + 1/W)`` times as much shared memory.
-        workspace_bytes: memory of each rank that every rank can map, for kernels such as Triton's.
+            All ranks together reserve about ``2 W (1 + 1/W)`` times as much shared memory; on GPUs
+            it is rounded up to a multiple of 256.
+        workspace_bytes: memory of each rank that every rank can map, for kernels such as Triton's;
+            None: 1 MiB, on a GPU 16 MiB.
         timeout: seconds that a rank waits for another before it raises :class:`PeerTimeout`.
         link: an emulated link; everything measured through it is marked as emulated.
 
     Raises:
-        UsageError: a mesh of several dimensions, an unknown transport, or too little shared memory
-            (the message says how much is needed). All ranks raise it.
-        BackendUnavailable: shared memory was asked for and the extension is missing, or the ranks
-            run on several hosts.
+        UsageError: a mesh of several dimensions, an unknown transport, too little shared memory
+            (the message says how much is needed), or ranks on one GPU without the set-up that this
+            takes. All ranks raise it.
+        BackendUnavailable: shared or symmetric memory was asked for and the extension is missing or
+            was built without CUDA, the ranks run on several hosts, or their GPUs cannot map each
+            other's memory.
+
+    Attributes:
+        device: see above, with its index.
+        transport: what was chosen; ``"local"`` for a group of one.
+        transport_reason: why ``"auto"`` fell back to torch.distributed, or None.
 
     Example:
         >>> torch.distributed.init_process_group("gloo")
@@ -82,9 +100,10 @@ class Communicator:
         self,
         group: dist.ProcessGroup | DeviceMesh | None = None,
         *,
+        device: torch.device | str | None = None,
         transport: str = "auto",
         payload_bytes: int = DEFAULT_PAYLOAD_BYTES,
-        workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+        workspace_bytes: int | None = None,
         timeout: float = 30.0,
         link: Link | None = None,
     ):
@@ -96,11 +115,15 @@ class Communicator:
                     "takes one, as in Communicator(mesh['tp'])"
                 )
             group = group.get_group()
-        if transport not in ("auto", SHARED_MEMORY, TORCH_DISTRIBUTED):
+        self.device = symmetric.resolve_device(device)
+        own = SYMMETRIC_MEMORY if self.device.type == "cuda" else SHARED_MEMORY
+        if transport not in ("auto", own, TORCH_DISTRIBUTED):
             raise UsageError(
-                f"unknown transport {transport!r}: use 'auto', {SHARED_MEMORY!r} or "
+                f"unknown transport {transport!r} on {self.device.type}: use 'auto', {own!r} or "
                 f"{TORCH_DISTRIBUTED!r}"
             )
+        if workspace_bytes is None:
+            workspace_bytes = DEFAULT_WORKSPACE_BYTES[self.device.type]
         if payload_bytes <= 0 or workspace_bytes < 0 or not timeout > 0:
             raise UsageError("payload_bytes and timeout must be positive, workspace_bytes >= 0")
         if max(payload_bytes, workspace_bytes) > MOST_BYTES:
@@ -109,40 +132,75 @@ class Communicator:
                 f"{workspace_bytes} are needed for each rank, and no process can map more than "
                 f"{MOST_BYTES} bytes"
             )
+        if link is not None and self.device.type == "cuda":
+            raise UsageError("links are emulated between CPU ranks only")
         self.group = group
         self.rank = dist.get_rank(group) if group is not None else 0
         self.world_size = dist.get_world_size(group) if group is not None else 1
         self.timeout = timeout
         self.link = link
         self.backends: dict[Any, Any] = {}  # filled by commfuse.ops: what serves which call
+        self.further_checks: list[Callable[[], None]] = []  # of check(), by commfuse.ops
         self._torch_traffic = Statistics()
         self._native = None
+        self._messages: symmetric.SymmetricBuffer | None = None
+        self._workspace: symmetric.SymmetricBuffer | None = None
+        self._torch_symmetric: symmetric.TorchAllReduce | None = None
+        self._payload_bytes = 0
+        self.transport_reason: str | None = None
         if self.world_size == 1:
             self.transport = LOCAL
             if _extension.module is not None:
                 self._native = _extension.module.Communicator()
+            if self.device.type == "cuda" and _extension.why_no_cuda() is None:
+                self._share_gpu_memory(payload_bytes, 0)
         else:
-            self.transport = self._choose_transport(transport)
+            self.transport = self._choose_transport(transport, own)
             if self.transport == SHARED_MEMORY:
                 self._native = self._share_memory(payload_bytes, workspace_bytes)
+            elif self.transport == SYMMETRIC_MEMORY:
+                self._native = self._share_memory(HOST_PAYLOAD_BYTES, 0)
+                self._share_gpu_memory(payload_bytes, workspace_bytes)
         self._closed = False
 
-    def _choose_transport(self, asked: str) -> str:
-        identities: list[Any] = [None] * self.world_size
-        mine = (_host_identity(), _extension.reason)
-        dist.all_gather_object(identities, mine, group=self.group)
-        hosts = {host for host, _ in identities}
-        missing = next((reason for _, reason in identities if reason is not None), None)
+    def _gather(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def _choose_transport(self, asked: str, own: str) -> str:
+        on_gpu = self.device.type == "cuda"
+        missing = _extension.why_no_cuda() if on_gpu else _extension.reason
+        place = symmetric.device_identity(self.device) if on_gpu else ("", "")
+        hosts, reasons, places = zip(*self._gather((_host_identity(), missing, place)), strict=True)
         if asked == TORCH_DISTRIBUTED:
             return TORCH_DISTRIBUTED
-        if asked == SHARED_MEMORY and len(hosts) > 1:
-            raise BackendUnavailable(
-                f"the ranks run on {len(hosts)} hosts and cannot share memory; use "
+        problem = next((reason for reason in reasons if reason is not None), None)
+        if len(set(hosts)) > 1:
+            problem = (
+                f"the ranks run on {len(set(hosts))} hosts and cannot share memory; use "
                 f"transport={TORCH_DISTRIBUTED!r}"
             )
-        if asked == SHARED_MEMORY and missing:
-            raise BackendUnavailable(missing)
-        return SHARED_MEMORY if len(hosts) == 1 and not missing else TORCH_DISTRIBUTED
+        elif on_gpu and problem is None:
+            if conflict := symmetric.placement_problem(list(places)):
+                raise UsageError(conflict)
+            unreachable = self._gather(symmetric.unreachable(self.device, [g for g, _ in places]))
+            problem = next((reason for reason in unreachable if reason is not None), None)
+        if problem is None:
+            return own
+        if asked == own:
+            raise BackendUnavailable(problem)
+        self.transport_reason = problem
+        return TORCH_DISTRIBUTED
+
+    def _share_gpu_memory(self, payload_bytes: int, workspace_bytes: int) -> None:
+        slot_bytes = -(-payload_bytes // GPU_SLOT_ALIGNMENT) * GPU_SLOT_ALIGNMENT
+        nbytes = _extension.require().gpu_workspace_bytes(self.world_size, slot_bytes)
+        self._messages = symmetric.SymmetricBuffer(self.group, nbytes, self.device)
+        self._native.attach_gpu(self.device.index, self._messages.addresses, nbytes, slot_bytes)
+        self._payload_bytes = slot_bytes
+        if workspace_bytes:
+            self._workspace = symmetric.SymmetricBuffer(self.group, workspace_bytes, self.device)
 
     def _share_memory(self, payload_bytes: int, workspace_bytes: int):
         native = _extension.require()
@@ -183,35 +241,59 @@ class Communicator:
         return self.link is not None
 
     @property
+    def serves_gpu(self) -> bool:
+        """Whether our CUDA kernels can run on it."""
+        return self._messages is not None
+
+    @property
     def payload_bytes(self) -> int:
         """The largest message of one call over shared memory, bytes; 0 for other transports."""
-        return self._native.payload_bytes if self._native is not None else 0
+        if self._native is None or self.device.type == "cuda":
+            return self._payload_bytes
+        return self._native.payload_bytes
 
     @property
     def workspace_bytes(self) -> int:
         """The size of each rank's workspace, bytes; 0 where there is no shared memory."""
-        return self._native.workspace_bytes if self._native is not None else 0
+        if self._native is None or self.device.type == "cuda":
+            return self._workspace.nbytes if self._workspace is not None else 0
+        return self._native.workspace_bytes
 
     def workspace(self, rank: int) -> torch.Tensor:
         """A rank's workspace: uint8 [workspace_bytes], zero at first, mapped by every rank.
+
+        On a CUDA communicator it is memory of that rank's GPU, and lives until :meth:`close`.
 
         Raises:
             BackendUnavailable: the transport shares no memory.
         """
         if self._native is None:
             raise BackendUnavailable(f"transport {self.transport!r} shares no memory")
+        if self._workspace is not None:
+            return self._workspace.of_rank(rank)
         return self._native.workspace(rank)
 
-    def check(self) -> None:
-        """Raises this communicator's failure, if there is one: see :mod:`commfuse.errors`."""
+    def check_host(self) -> None:
+        """As :meth:`check`, as far as the host knows: never waits for a GPU."""
         if self._closed:
             raise CommunicatorClosed("this communicator is closed; make a new Communicator")
         if self._native is not None:
             self._native.check()
 
+    def check(self) -> None:
+        """Raises this communicator's failure, if there is one: see :mod:`commfuse.errors`.
+
+        Calls on a GPU return before they have run: it first waits for the current stream.
+        """
+        if self.device.type == "cuda" and not self._closed:
+            torch.cuda.current_stream(self.device).synchronize()
+        self.check_host()
+        for check in self.further_checks:
+            check()
+
     def barrier(self) -> None:
-        """Returns when every rank has called it."""
-        self.check()
+        """Returns when every rank has called it; kernels may still be running on GPUs."""
+        self.check_host()
         if self._native is not None:
             self._native.barrier()
         else:
@@ -220,31 +302,49 @@ class Communicator:
     def torch_all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Sums ``x`` over the ranks, in place, by torch.distributed: what commfuse competes with.
 
-        An emulated link is charged for a ring: 2 (W - 1) messages of a W-th of the bytes.
+        An emulated link is charged for a ring: 2 (W - 1) messages of a W-th of the bytes. GPU
+        tensors go through torch's symmetric memory where the process group has no NCCL.
         """
-        self.check()
+        self.check_host()
         if self.world_size == 1:
             self._torch_traffic.calls += 1
             return x
         begin = time.perf_counter()
-        dist.all_reduce(x, group=self.group)
+        if x.is_cuda and self.torch_uses_symmetric_memory:
+            self.torch_symmetric(x)
+        else:
+            dist.all_reduce(x, group=self.group)
         steps = 2 * (self.world_size - 1)
         transferred = x.nbytes * steps // self.world_size
         self._count_torch(begin, transferred, steps)
         return x
 
+    @property
+    def torch_uses_symmetric_memory(self) -> bool:
+        """Whether :meth:`torch_all_reduce` sums GPU tensors by torch's symmetric-memory ops."""
+        return self.transport == SYMMETRIC_MEMORY and "nccl" not in dist.get_backend(self.group)
+
+    @property
+    def torch_symmetric(self) -> symmetric.TorchAllReduce:
+        """torch's all-reduces over memory that the GPUs share."""
+        if self._torch_symmetric is None:
+            self._torch_symmetric = symmetric.TorchAllReduce(self.group, self.device)
+        return self._torch_symmetric
+
     def torch_all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """Stacks every rank's ``x``: [...] to [W, ...], by torch.distributed."""
-        self.check()
+        self.check_host()
         if self.world_size == 1:
             self._torch_traffic.calls += 1
             return x.unsqueeze(0)
         begin = time.perf_counter()
-        gathered = [torch.empty_like(x) for _ in range(self.world_size)]
-        dist.all_gather(gathered, x.contiguous(), group=self.group)
+        # gloo gathers in CPU memory only.
+        here = x.contiguous() if "nccl" in dist.get_backend(self.group) else x.cpu().contiguous()
+        gathered = [torch.empty_like(here) for _ in range(self.world_size)]
+        dist.all_gather(gathered, here, group=self.group)
         steps = self.world_size - 1
         self._count_torch(begin, x.nbytes * steps, steps)
-        return torch.stack(gathered)
+        return torch.stack(gathered).to(x.device)
 
     def _count_torch(self, begin: float, transferred: int, messages: int) -> None:
         end = time.perf_counter()
@@ -293,8 +393,16 @@ class Communicator:
         if not self._closed:
             self._closed = True
             self.backends.clear()
-            if self._native is not None:
-                self._native.close()
+            self.further_checks.clear()
+            try:
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)  # kernels of ours may still be at work
+            finally:
+                if self._native is not None:
+                    self._native.close()
+                for buffer in (self._messages, self._workspace, self._torch_symmetric):
+                    if buffer is not None:
+                        buffer.close()
 
     def __enter__(self) -> Communicator:
         return self
@@ -313,4 +421,7 @@ class Communicator:
 
     def __repr__(self) -> str:
         emulated = f", emulated {self.link.name}" if self.link else ""
-        return f"<Communicator rank {self.rank} of {self.world_size}, {self.transport}{emulated}>"
+        place = f"{self.transport}{emulated}"
+        if self.device.type == "cuda":
+            place = f"{self.device}, {place}"
+        return f"<Communicator rank {self.rank} of {self.world_size}, {place}>"

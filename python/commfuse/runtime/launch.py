@@ -16,9 +16,17 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from commfuse.errors import BackendUnavailable
+
+if TYPE_CHECKING:
+    import torch
 
 RENDEZVOUS = "COMMFUSE_RENDEZVOUS"
 PARENT = "COMMFUSE_PARENT"
+# torch's own: with "1" its symmetric memory serves ranks that share a GPU.
+ALLOW_OVERLAPPING = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
 # After a rank has failed, the others get as long to notice and say so: a dead peer is noticed at
 # once, a process that hangs is not waited for.
 GRACE_SECONDS = 12.0
@@ -60,6 +68,25 @@ def join_job() -> None:
         )
     else:
         dist.init_process_group("gloo")
+
+
+def use_gpu() -> torch.device:
+    """The ``torch.device`` of this rank, made the current one; ranks are dealt out to GPUs in turn.
+
+    Raises:
+        BackendUnavailable: torch finds no GPU.
+
+    Example:
+        >>> comm = Communicator(dist.group.WORLD, device=use_gpu())
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise BackendUnavailable("torch finds no GPU")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
 
 
 def run_ranks(

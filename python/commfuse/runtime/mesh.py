@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -44,7 +45,7 @@ def init_mesh(
     tp: int = 1,
     pp: int = 1,
     *,
-    device: str = "cpu",
+    device: torch.device | str = "cpu",
     links: dict[str, Link] | None = None,
     **communicator_options,
 ) -> Mesh:
@@ -53,7 +54,7 @@ def init_mesh(
     Args:
         tp: ranks that split each layer (tensor parallelism), neighbours in rank order.
         pp: ranks that split the layers (pipeline parallelism).
-        device: ``"cpu"`` (gloo) or ``"cuda"``.
+        device: of the communicators: ``"cpu"``, or ``"cuda"`` for this rank's current GPU.
         links: an emulated link by dimension, ``"tp"`` or ``"pp"``.
         communicator_options: passed to every :class:`Communicator`.
 
@@ -73,11 +74,14 @@ def init_mesh(
             f"torchrun --nproc-per-node {tp * pp}, or other sizes"
         )
     links = links or {}
-    options = {dimension: {"link": links.get(dimension), **communicator_options} for dimension in
-               ("tp", "pp")}  # fmt: skip
+    options = {
+        dimension: {"device": device, "link": links.get(dimension), **communicator_options}
+        for dimension in ("tp", "pp")
+    }
     if world == 1 and not dist.is_initialized():
         return Mesh(None, Communicator(None, **options["tp"]), Communicator(None, **options["pp"]))
-    device_mesh = init_device_mesh(device, (pp, tp), mesh_dim_names=("pp", "tp"))
+    # Ranks agree with each other on the CPU (gloo), whatever the communicators are for.
+    device_mesh = init_device_mesh("cpu", (pp, tp), mesh_dim_names=("pp", "tp"))
     return Mesh(
         device_mesh,
         Communicator(device_mesh["tp"], **options["tp"]),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from commfuse.runtime import launch
+from commfuse.testing.gpu_lab import GpuLab
 
 
 class RanksFailed(AssertionError):
@@ -42,6 +43,7 @@ def run_ranks(
     timeout: float = 60.0,
     env: dict[str, str] | None = None,
     check: bool = True,
+    lab: GpuLab | None = None,
 ) -> list[Any]:
     """Calls ``function(*args)`` on ranks 0..world_size-1 with torch.distributed (gloo) initialised.
 
@@ -52,6 +54,7 @@ def run_ranks(
         timeout: seconds after which all ranks are killed.
         env: environment variables to add.
         check: raise where a rank fails; otherwise its result is its RankResult.
+        lab: the GPUs that the ranks run on; they call :func:`~commfuse.runtime.launch.use_gpu`.
 
     Returns:
         Every rank's return value, in rank order.
@@ -63,6 +66,7 @@ def run_ranks(
         >>> run_ranks("tests/workers/sums.py:sum_of_ranks", 2)
         [1, 1]
     """
+    env = {**(lab.environment(world_size) if lab else {}), **(env or {})}
     with tempfile.TemporaryDirectory(prefix="commfuse-test-") as folder:
         arguments = Path(folder, "arguments")
         arguments.write_bytes(pickle.dumps(tuple(args)))
