@@ -1,0 +1,53 @@
+// y = x w^T on a GPU for few rows (M <= 64), as in decoding: the weights stream from memory once.
+//
+// Knows no framework. The kernels and how they work: matmul_gpu.cuh.
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "cpu/dtypes.h"
+
+namespace commfuse {
+
+constexpr int kMatmulGpuMaxRows = 64;
+
+// Who computes what. A function of N, K and the number of blocks alone: M never enters, so that a
+// row's bits do not depend on its batch.
+//
+// The output is cut into tiles of 64 columns. Every block computes `rounds` whole tiles; the
+// remaining `rest` tiles, fewer than there are blocks, are cut along K into `splits` parts, and
+// every block computes up to `parts_per_block` of these, before its whole tiles.
+struct MatmulPlan {
+  int tiles;
+  int chunks;  // of 128 k each
+  int rounds;
+  int rest;
+  int splits;
+  int parts_per_block;
+  int blocks;  // at most max_blocks; all must be able to run at the same time
+};
+MatmulPlan matmul_plan(int64_t n, int64_t k, int max_blocks);
+
+// What the parts of a tile exchange; zeroed once by its owner, and left zeroed by every call. One
+// workspace serves one stream.
+size_t matmul_gpu_workspace_bytes(const MatmulPlan& plan);
+
+struct MatmulGpuArgs {
+  const void* x;  // [m, k], 16-byte aligned
+  const void* w;  // [n, k], 16-byte aligned
+  void* y;        // [m, n], 16-byte aligned
+  int64_t m, n, k;
+  DType dtype;          // bfloat16 or float16, of all three; sums are float32
+  int max_blocks = 0;   // multiprocessors that the call may use; 0: all of the device
+  void* workspace = nullptr;
+  // Programmatic dependent launch: the weights may be fetched while the previous kernel in the
+  // stream still runs. The weights must not be what that kernel writes; x may be.
+  bool weights_early = false;
+};
+
+// Throws std::invalid_argument, or std::runtime_error with CUDA's words.
+void matmul_gpu(const MatmulGpuArgs& args, cudaStream_t stream);
+
+}  // namespace commfuse
