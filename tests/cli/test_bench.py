@@ -124,7 +124,25 @@ class TestTiming:
             times = timing.measure(cells, comm, iterations=20)
         assert times["a"].iterations == 20
         timed = order[-40:]
-        assert timed == ["a0", "a1", "b0", "b1"] * 10
+        for turn in range(10):
+            names = [call[0] for call in timed[4 * turn : 4 * turn + 4]]
+            assert sorted(names) == ["a", "a", "b", "b"] and names[0] == names[1]
+        for name in "ab":
+            assert len({call for call in timed[:4] if call[0] == name}) == 2  # 0 and 1
+
+    def test_interleaved_cells_take_turns_call_by_call_on_different_inputs(self):
+        order: list[str] = []
+        cells = [
+            timing.Cell(name, [lambda name=name, i=i: order.append(f"{name}{i}") for i in range(4)])
+            for name in "ab"
+        ]
+        with Communicator(None) as comm:
+            times = timing.measure(cells, comm, iterations=20, interleaved=True)
+        assert times["a"].iterations == times["b"].iterations == 20
+        timed = order[-40:]
+        turns = [sorted(timed[i : i + 2]) for i in range(0, 40, 2)]
+        assert turns == [[f"a{i % 4}", f"b{(i + 2) % 4}"] for i in range(20)]
+        assert len({timed[i][0] for i in range(0, 40, 2)}) == 2  # not always the same one first
 
 
 class TestCases:

@@ -83,8 +83,12 @@ def test_every_op_is_explained():
 @pytest.mark.parametrize("variant", [name for name in ISA_FEATURES if name != "plain"])
 def test_the_features_asked_for_are_those_of_the_source(variant):
     source = (CLONE / "csrc" / "cpu" / "kernel_table.cpp").read_text()
-    _, _, body = source.partition(f'if (name == "{variant}") {{')
-    asked = set(re.findall(r'__builtin_cpu_supports\("(\w+)"\)', body.partition("}")[0]))
-    if 'runs("avx2")' in body.partition("}")[0]:
-        asked |= set(ISA_FEATURES["avx2"])
-    assert {name.replace("512bf16", "512_bf16") for name in asked} == set(ISA_FEATURES[variant])
+    _, _, body = source.partition(f'if (name == "{variant}")')
+    statement = body.partition(";")[0]
+    asked = set(re.findall(r'__builtin_cpu_supports\("(\w+)"\)', statement))
+    asked = {name.replace("512bf16", "512_bf16") for name in asked}
+    for other in re.findall(r'runs\("(\w+)"\)', statement):
+        asked |= set(ISA_FEATURES[other])
+    if "tiles_granted()" in statement:
+        asked |= {"amx_tile", "amx_bf16"}
+    assert asked == set(ISA_FEATURES[variant])
