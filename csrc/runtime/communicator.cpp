@@ -110,27 +110,18 @@ void Communicator::watch_peers() {
       polled[i].fd = -1;
       const int peer = segment_->peers()[i - 1];
       if (!segment_->area(peer).closed.load(std::memory_order_acquire)) {
-        record(Failure::died, peer, 0, 0, 0, 0, Descriptor{});
+        record({Failure::died, rank_, peer, 0, 0, 0, 0, Descriptor{}, Descriptor{}});
       }
     }
   }
 }
 
-void Communicator::record(Failure failure, int peer, int phase, int block, uint64_t generation,
-                          uint64_t seen, const Descriptor& mine) const {
+void Communicator::record(const FailureDetails& details) const {
   ErrorRecord& error = segment_->header().error;
   uint32_t none = 0;
   if (!error.state.compare_exchange_strong(none, 1, std::memory_order_acq_rel)) return;
-  error.failure = failure;
-  error.rank = rank_;
-  error.peer = peer;
-  error.generation = generation;
-  error.seen = seen;
-  error.phase = phase;
-  error.block = block;
   error.seconds = timeout_s_;
-  error.mine = mine;
-  error.theirs = segment_->area(peer).descriptors[generation % 2];
+  error.details = details;
   error.state.store(2, std::memory_order_release);  // publishes the record to whoever polls state
 }
 
@@ -140,16 +131,22 @@ void Communicator::check() const {
                             "this communicator is closed; make a new Communicator");
   }
   if (!segment_) return;
+  for (int r = 0; gpu_ && r < world_; ++r) {
+    GpuReport& report = segment_->area(r).gpu_report;
+    // Acquire: what the kernel wrote before its release store of the state.
+    if (std::atomic_ref(report.state).load(std::memory_order_acquire)) record(report.details);
+  }
   const ErrorRecord& error = segment_->header().error;
   if (error.state.load(std::memory_order_relaxed) == 0) return;
   // The writer is between two stores, or was killed there; then what stands is all there is.
   for (int i = 0; i < 1000 && error.state.load(std::memory_order_acquire) != 2; ++i) sched_yield();
-  throw CommunicatorError(error.failure, error.str());
+  throw CommunicatorError(error.details.failure, error.str());
 }
 
 void Communicator::raise(Failure failure, int peer, int phase, int block, uint64_t generation,
                          uint64_t seen, const Descriptor& mine) {
-  record(failure, peer, phase, block, generation, seen, mine);
+  record({failure, rank_, peer, phase, block, generation, seen, mine,
+          segment_->area(peer).descriptors[generation % 2]});
   check();
   std::abort();  // check() throws: the record is written
 }

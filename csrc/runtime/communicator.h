@@ -17,6 +17,10 @@
 
 namespace commfuse {
 
+namespace gpu {
+class Attachment;
+}
+
 // Nanoseconds of CLOCK_MONOTONIC, which all processes of a host share.
 int64_t now_ns();
 
@@ -77,6 +81,13 @@ class Communicator {
   // Tests only: this rank sleeps before it publishes, to be a straggler where it hurts most.
   void set_publish_delay_us(int microseconds) { publish_delay_us_ = microseconds; }
 
+  // Its memory on a GPU, for kernels; null without one.
+  void attach_gpu(std::shared_ptr<gpu::Attachment> attachment) { gpu_ = std::move(attachment); }
+  gpu::Attachment* gpu() const { return gpu_.get(); }
+  Segment* segment() { return segment_ ? &*segment_ : nullptr; }
+  double timeout_s() const { return timeout_s_; }
+  void count_call() { ++statistics_.calls; }
+
   // The communicator with this handle; handles are what crosses torch's operator schemas.
   static Communicator& from_handle(int64_t handle);
   int64_t handle() const { return handle_; }
@@ -89,8 +100,7 @@ class Communicator {
   void wait_slowly(int peer, int phase, int block, uint64_t expected, const Descriptor& mine);
   [[noreturn]] void raise(Failure failure, int peer, int phase, int block, uint64_t generation,
                           uint64_t seen, const Descriptor& mine);
-  void record(Failure failure, int peer, int phase, int block, uint64_t generation, uint64_t seen,
-              const Descriptor& mine) const;
+  void record(const FailureDetails& details) const;
   void watch_peers();
 
   std::optional<Segment> segment_;
@@ -109,6 +119,7 @@ class Communicator {
   std::optional<std::vector<TraceEvent>> trace_;
   FileDescriptor stop_watching_;
   std::thread watcher_;
+  std::shared_ptr<gpu::Attachment> gpu_;
 };
 
 // One call on a communicator, from its generation to its last read. Throws at construction if the

@@ -50,6 +50,7 @@ std::string Descriptor::str() const {
 }
 
 std::string ErrorRecord::str() const {
+  const auto& [failure, rank, peer, phase, block, generation, seen, mine, theirs] = details;
   const std::string me = "rank " + std::to_string(rank), other = "rank " + std::to_string(peer);
   switch (failure) {
     case Failure::none:

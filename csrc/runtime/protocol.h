@@ -55,22 +55,32 @@ constexpr uint64_t generation_of(uint64_t word) { return word >> 16; }
 
 enum class Failure : uint32_t { none, timeout, mismatch, died, closed };
 
+struct FailureDetails {
+  Failure failure;
+  int32_t rank;  // who noticed
+  int32_t peer;  // about whom
+  int32_t phase;
+  int32_t block;
+  uint64_t generation;
+  uint64_t seen;
+  Descriptor mine;
+  Descriptor theirs;
+};
+
 // The first failure of a communicator, written once by whoever wins `state`.
 struct ErrorRecord {
   // 0: none, 1: being written, 2: readable. It is also the abort word that waiters poll.
   std::atomic<uint32_t> state;
-  Failure failure;
-  int32_t rank;  // who noticed
-  int32_t peer;  // about whom
-  uint64_t generation;
-  uint64_t seen;
-  int32_t phase;
-  int32_t block;
   double seconds;
-  Descriptor mine;
-  Descriptor theirs;
+  FailureDetails details;
 
   std::string str() const;
+};
+
+// What a kernel of one rank has found; the next host that looks makes it the communicator's error.
+struct GpuReport {
+  uint32_t state;  // 0: none, 1: readable
+  FailureDetails details;
 };
 
 // Of one rank: everything that it alone writes.
@@ -78,6 +88,7 @@ struct RankArea {
   alignas(kLine) Word words[2][kPhases][kMaxBlocks];
   Descriptor descriptors[2];
   alignas(kLine) std::atomic<uint32_t> closed;  // 1 once the rank has left in order
+  alignas(kLine) GpuReport gpu_report;
 };
 
 struct SegmentHeader {

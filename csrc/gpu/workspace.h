@@ -1,0 +1,60 @@
+// What a kernel on several GPUs works on: the ranks' symmetric memory, how it is laid out, and where
+// failures are reported. docs/protocol.md is the text; every rank's memory has the same layout, all
+// zero at first:
+//
+//   abort word    0 while alive, afterwards 1 + the rank that reported a failure
+//   claim         0, or 1 once this rank has a failure of its own
+//   generations   [block] calls that the block has completed
+//   descriptors   [parity][source] what each source called
+//   words         [parity][phase][block][source] generation << 16 | tag
+//   lines         [parity][source] flag-in-data: 8-byte units of 4 bytes of data and 4 of flag
+//   slots         [parity][phase][source] payload
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "runtime/protocol.h"
+
+namespace commfuse::gpu {
+
+constexpr int kMaxRanks = 8;   // GPUs that can map each other's memory: those of one host
+constexpr int kMaxGrid = 256;  // blocks that wait must all run at once
+// Flag-in-data doubles the bytes, so it is for messages that cost latency rather than bandwidth.
+constexpr int64_t kLineMessage = 128 * 1024;
+constexpr int64_t kLineBytes = 2 * kLineMessage;
+
+constexpr int64_t kAbort = 0;
+constexpr int64_t kClaim = 128;
+constexpr int64_t kGenerations = 256;
+constexpr int64_t kDescriptors = kGenerations + kMaxGrid * 8;
+constexpr int64_t kWords = kDescriptors + 2 * kMaxRanks * int64_t{sizeof(Descriptor)};
+constexpr int64_t kLines = kWords + int64_t{2} * kPhases * kMaxGrid * kMaxRanks * 8;
+static_assert(kDescriptors % 128 == 0 && kWords % 128 == 0 && kLines % 128 == 0);
+
+constexpr int64_t slots_offset(int world) {
+  return round_up(kLines + 2 * world * kLineBytes, 4096);
+}
+constexpr int64_t workspace_bytes(int world, int64_t slot_bytes) {
+  return slots_offset(world) + 2 * kPhases * world * slot_bytes;
+}
+
+// A kernel's parameter.
+struct Workspace {
+  char* base[kMaxRanks];  // every rank's memory, as this rank maps it
+  int rank, world;
+  int64_t slots_offset;
+  int64_t slot_bytes;
+  uint64_t timeout_ns;
+  // In host memory: set when the host or a rank on the CPU has failed. Read only by slow waits.
+  const uint32_t* host_failed;
+  GpuReport* report;  // this rank's, in host memory too
+};
+
+// What a kernel announces of its call.
+struct Announcement {
+  Descriptor descriptor;
+  uint16_t tag;
+};
+
+}  // namespace commfuse::gpu
