@@ -76,9 +76,7 @@ class Exchange {
     return w_.base[owner] + kLines + (parity() * int64_t{w_.world} + source) * kLineBytes;
   }
   // R12: never 0, and different in calls that use the same half.
-  __device__ uint32_t flag() const {
-    return 1 + static_cast<uint32_t>(generation_ % 0xffffffffu);
-  }
+  __device__ uint32_t flag() const { return 1 + static_cast<uint32_t>(generation_ % 0xffffffffu); }
 
   // Block 0, before it publishes: tells every peer what this rank called. By its first warp.
   __device__ void announce(const Announcement& announcement) const {

@@ -1,6 +1,6 @@
-// What a kernel on several GPUs works on: the ranks' symmetric memory, how it is laid out, and where
-// failures are reported. docs/protocol.md is the text; every rank's memory has the same layout, all
-// zero at first:
+// What a kernel on several GPUs works on: the ranks' symmetric memory, how it is laid out, and
+// where failures are reported. docs/protocol.md is the text; every rank's memory has the same
+// layout, all zero at first:
 //
 //   abort word    0 while alive, afterwards 1 + the rank that reported a failure
 //   claim         0, or 1 once this rank has a failure of its own

@@ -161,9 +161,9 @@ MatmulPlan matmul_plan(int64_t n, int64_t k, int max_blocks) {
   double best = 0;
   for (int splits = 1; splits <= std::min(kMaxSplits, plan.chunks); ++splits) {
     const int per_block = static_cast<int>(divide_up(plan.rest * splits, max_blocks));
-    const double time = std::max(static_cast<double>(plan.rest) / max_blocks,
-                                 per_block / (kAlone * splits)) +
-                        (splits > 1 ? per_block * kCombine / static_cast<double>(k) : 0);
+    const double time =
+        std::max(static_cast<double>(plan.rest) / max_blocks, per_block / (kAlone * splits)) +
+        (splits > 1 ? per_block * kCombine / static_cast<double>(k) : 0);
     if (splits > 1 && time >= best) continue;
     best = time;
     plan.splits = splits;
@@ -186,7 +186,8 @@ void matmul_gpu(const MatmulGpuArgs& args, cudaStream_t stream) {
   if (args.m < 0 || args.m > kMatmulGpuMaxRows) {
     throw std::invalid_argument("matmul: 0 to 64 rows, not " + std::to_string(args.m));
   }
-  if (args.n > INT32_MAX || args.k > INT32_MAX) throw std::invalid_argument("matmul: N, K too large");
+  if (args.n > INT32_MAX || args.k > INT32_MAX)
+    throw std::invalid_argument("matmul: N, K too large");
   const int blocks =
       args.max_blocks > 0 ? args.max_blocks : attribute(cudaDevAttrMultiProcessorCount);
   const MatmulPlan plan = matmul_plan(args.n, args.k, blocks);

@@ -38,7 +38,7 @@
 namespace commfuse {
 
 constexpr int kTileColumns = 64;
-constexpr int kChunk = 128;          // k of a stage of the ring; parts of tiles are cut here
+constexpr int kChunk = 128;  // k of a stage of the ring; parts of tiles are cut here
 constexpr int kComputeThreads = 128;
 constexpr int kMaxSplits = 16;
 
@@ -111,8 +111,8 @@ __device__ __forceinline__ bool segment_at(const MatmulPlan& plan, int block, in
   return true;
 }
 
-// What becomes of a segment's sums. Fragments are those of wgmma and of mma.sync alike: warp w holds
-// columns 16w..16w+15 of the tile; acc[j] holds rows 8j + 2 (lane % 4) + {0, 1} of columns
+// What becomes of a segment's sums. Fragments are those of wgmma and of mma.sync alike: warp w
+// holds columns 16w..16w+15 of the tile; acc[j] holds rows 8j + 2 (lane % 4) + {0, 1} of columns
 // lane / 4 and lane / 4 + 8.
 template <int kRows, class Epilogue>
 __device__ __forceinline__ void finish_segment(float (&acc)[kRows / 8][4], const Segment& segment,
@@ -123,9 +123,9 @@ __device__ __forceinline__ void finish_segment(float (&acc)[kRows / 8][4], const
     // Every part writes its sums; whoever comes last adds all of them in the order of k. The
     // barrier and the release (acquire) of one thread cover what the others wrote (will read).
     const int splits = shape.plan.splits;
-    float4* partials =
-        shape.partials +
-        static_cast<int64_t>(segment.tile) * splits * (kRows / 8) * kComputeThreads + thread;
+    float4* partials = shape.partials +
+                       static_cast<int64_t>(segment.tile) * splits * (kRows / 8) * kComputeThreads +
+                       thread;
     float4* own = partials + static_cast<int64_t>(segment.part) * (kRows / 8) * kComputeThreads;
 #pragma unroll
     for (int j = 0; j < kRows / 8; ++j) {
@@ -292,7 +292,8 @@ __device__ __forceinline__ int cluster_rank() {
 constexpr uint64_t kEvictFirst = 0x12F0000000000000;
 constexpr uint64_t kEvictLast = 0x14F0000000000000;
 
-// A box of the tensor, its corner at (k, row), to shared memory; what lies outside arrives as zeros.
+// A box of the tensor, its corner at (k, row), to shared memory; what lies outside arrives as
+// zeros.
 __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap& tensor, int k, int row,
                                          uint32_t barrier, uint64_t policy) {
   asm volatile(
@@ -314,7 +315,8 @@ __device__ __forceinline__ void copy_box_to(uint32_t to, const CUtensorMap& tens
 
 // Rows of 128 bytes, swizzled by the copy; groups of 8 rows lie 1024 bytes apart.
 __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address) {
-  constexpr uint64_t kSwizzle128 = 1ull << 62, kGroupStride = (1024ull >> 4) << 32, kUnused = 1 << 16;
+  constexpr uint64_t kSwizzle128 = 1ull << 62, kGroupStride = (1024ull >> 4) << 32,
+                     kUnused = 1 << 16;
   return kSwizzle128 | kGroupStride | kUnused | ((address & 0x3FFFF) >> 4);
 }
 
@@ -330,31 +332,29 @@ __device__ __forceinline__ void wgmma_wait() {
 }
 
 // acc [64 columns, kRows] += weights [64, 16] x [kRows, 16]^T
-#define COMMFUSE_WGMMA(SHAPE, TYPE, REGISTERS, A, B, ...)                                      \
-  asm volatile("wgmma.mma_async.sync.aligned." SHAPE ".f32." TYPE "." TYPE " {" REGISTERS "}, " \
-               A ", " B ", 1, 1, 1, 0, 0;"                                                      \
-               : __VA_ARGS__                                                                    \
+#define COMMFUSE_WGMMA(SHAPE, TYPE, REGISTERS, A, B, ...)                                         \
+  asm volatile("wgmma.mma_async.sync.aligned." SHAPE ".f32." TYPE "." TYPE " {" REGISTERS "}, " A \
+               ", " B ", 1, 1, 1, 0, 0;"                                                          \
+               : __VA_ARGS__                                                                      \
                : "l"(a), "l"(b))
 #define COMMFUSE_ACC(j) "+f"(acc[j][0]), "+f"(acc[j][1]), "+f"(acc[j][2]), "+f"(acc[j][3])
 #define COMMFUSE_R4 "%0,%1,%2,%3"
 #define COMMFUSE_R8 COMMFUSE_R4 ",%4,%5,%6,%7"
 #define COMMFUSE_R16 COMMFUSE_R8 ",%8,%9,%10,%11,%12,%13,%14,%15"
-#define COMMFUSE_R32 \
-  COMMFUSE_R16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define COMMFUSE_WGMMA_ROWS(TYPE)                                                             \
-  if constexpr (kRows == 8) {                                                                 \
-    COMMFUSE_WGMMA("m64n8k16", TYPE, COMMFUSE_R4, "%4", "%5", COMMFUSE_ACC(0));               \
-  } else if constexpr (kRows == 16) {                                                         \
-    COMMFUSE_WGMMA("m64n16k16", TYPE, COMMFUSE_R8, "%8", "%9", COMMFUSE_ACC(0),               \
-                   COMMFUSE_ACC(1));                                                          \
-  } else if constexpr (kRows == 32) {                                                         \
-    COMMFUSE_WGMMA("m64n32k16", TYPE, COMMFUSE_R16, "%16", "%17", COMMFUSE_ACC(0),            \
-                   COMMFUSE_ACC(1), COMMFUSE_ACC(2), COMMFUSE_ACC(3));                        \
-  } else {                                                                                    \
-    static_assert(kRows == 64);                                                               \
-    COMMFUSE_WGMMA("m64n64k16", TYPE, COMMFUSE_R32, "%32", "%33", COMMFUSE_ACC(0),            \
-                   COMMFUSE_ACC(1), COMMFUSE_ACC(2), COMMFUSE_ACC(3), COMMFUSE_ACC(4),        \
-                   COMMFUSE_ACC(5), COMMFUSE_ACC(6), COMMFUSE_ACC(7));                        \
+#define COMMFUSE_R32 COMMFUSE_R16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define COMMFUSE_WGMMA_ROWS(TYPE)                                                                 \
+  if constexpr (kRows == 8) {                                                                     \
+    COMMFUSE_WGMMA("m64n8k16", TYPE, COMMFUSE_R4, "%4", "%5", COMMFUSE_ACC(0));                   \
+  } else if constexpr (kRows == 16) {                                                             \
+    COMMFUSE_WGMMA("m64n16k16", TYPE, COMMFUSE_R8, "%8", "%9", COMMFUSE_ACC(0), COMMFUSE_ACC(1)); \
+  } else if constexpr (kRows == 32) {                                                             \
+    COMMFUSE_WGMMA("m64n32k16", TYPE, COMMFUSE_R16, "%16", "%17", COMMFUSE_ACC(0),                \
+                   COMMFUSE_ACC(1), COMMFUSE_ACC(2), COMMFUSE_ACC(3));                            \
+  } else {                                                                                        \
+    static_assert(kRows == 64);                                                                   \
+    COMMFUSE_WGMMA("m64n64k16", TYPE, COMMFUSE_R32, "%32", "%33", COMMFUSE_ACC(0),                \
+                   COMMFUSE_ACC(1), COMMFUSE_ACC(2), COMMFUSE_ACC(3), COMMFUSE_ACC(4),            \
+                   COMMFUSE_ACC(5), COMMFUSE_ACC(6), COMMFUSE_ACC(7));                            \
   }
 
 template <class T, int kRows>
@@ -392,8 +392,9 @@ struct RingPosition {
 // them. It changes no bit of the result.
 template <class T, int kRows, int kCluster, class Epilogue>
 __global__ void __launch_bounds__(kHopperThreads, 1)
-    matmul_hopper(const __grid_constant__ CUtensorMap weights, const __grid_constant__ CUtensorMap x,
-                  const __grid_constant__ MatmulShape shape, const Epilogue epilogue) {
+    matmul_hopper(const __grid_constant__ CUtensorMap weights,
+                  const __grid_constant__ CUtensorMap x, const __grid_constant__ MatmulShape shape,
+                  const Epilogue epilogue) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Stage = HopperStage<kRows>;
   constexpr int kSubs = kChunk / kSubChunk;
@@ -458,7 +459,8 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
   if constexpr (kCluster > 1) cluster_barrier();  // before anybody writes to another's memory
 
   asm volatile("griddepcontrol.launch_dependents;");
-  asm volatile("griddepcontrol.wait;" ::: "memory");  // x, y and the workspace are ours from here on
+  asm volatile("griddepcontrol.wait;" ::
+                   : "memory");  // x, y and the workspace are ours from here on
 
   if (producer) {
     RingPosition at;
@@ -503,9 +505,8 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
 #pragma unroll
         for (int step = 0; step < kChunk / 16; ++step) {
           const int sub = step / (kSubChunk / 16), within = step % (kSubChunk / 16) * 32;
-          wgmma<T, kRows>(
-              acc, matrix_descriptor(base + sub * kWeightSub + within),
-              matrix_descriptor(base + Stage::kWeightBytes + sub * kInputSub + within));
+          wgmma<T, kRows>(acc, matrix_descriptor(base + sub * kWeightSub + within),
+                          matrix_descriptor(base + Stage::kWeightBytes + sub * kInputSub + within));
         }
         wgmma_commit();
         if (previous >= 0) {
@@ -569,8 +570,9 @@ __device__ __forceinline__ void mma(float (&acc)[4], const uint32_t (&a)[4], uin
   }
 }
 
-// The same work in the same order from stages of 64 k. The rows of a stage are swizzled as on Hopper:
-// 16-byte piece p of row r lies at place p ^ (r % 8), so that neither copies nor ldmatrix conflict.
+// The same work in the same order from stages of 64 k. The rows of a stage are swizzled as on
+// Hopper: 16-byte piece p of row r lies at place p ^ (r % 8), so that neither copies nor ldmatrix
+// conflict.
 template <class T, int kRows, class Epilogue>
 __global__ void __launch_bounds__(kComputeThreads)
     matmul_plain(const T* __restrict__ weights, const T* __restrict__ x,

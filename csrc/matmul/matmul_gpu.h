@@ -39,8 +39,8 @@ struct MatmulGpuArgs {
   const void* w;  // [n, k], 16-byte aligned
   void* y;        // [m, n], 16-byte aligned
   int64_t m, n, k;
-  DType dtype;          // bfloat16 or float16, of all three; sums are float32
-  int max_blocks = 0;   // multiprocessors that the call may use; 0: all of the device
+  DType dtype;         // bfloat16 or float16, of all three; sums are float32
+  int max_blocks = 0;  // multiprocessors that the call may use; 0: all of the device
   void* workspace = nullptr;
   // Programmatic dependent launch: the weights may be fetched while the previous kernel in the
   // stream still runs. The weights must not be what that kernel writes; x may be.
