@@ -211,6 +211,7 @@ inline void gemm_group(const GemmArgs& a, int64_t panel_begin, int64_t panel_end
     const int64_t vecs = (left < kPanelColumns ? left : kPanelColumns) / kLanes;
     const int64_t step = vecs * kLanes * 2;
     const BFloat16* w = weights + column * k_padded;
+    avx512::own_output<BFloat16>(a, 0, a.rows, column, vecs);
     for (int64_t tile = 0; tile < k_tiles; tile += chunk_tiles) {
       const int64_t tiles = k_tiles - tile < chunk_tiles ? k_tiles - tile : chunk_tiles;
       multiply({x + tile * kTileK, a.x_stride, w + tile * (kTileK / 2) * step, step, tiles, acc,

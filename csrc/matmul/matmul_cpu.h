@@ -141,6 +141,24 @@ inline void gemm_epilogue(const GemmArgs& a, int rows, int64_t vecs, int64_t col
   }
 }
 
+// Asks for the lines of a tile of the output before it is computed: where they are a payload, the
+// peers' caches still hold them, and the stores would wait for each.
+template <class T>
+inline void own_output(const GemmArgs& a, int64_t row, int64_t rows, int64_t column, int64_t vecs) {
+#if defined(__x86_64__)
+  if (a.out_float32 || a.activation != Activation::none) return;
+  const int64_t valid = a.out_columns - column;
+  const int64_t bytes =
+      (valid < vecs * kLanes ? valid : vecs * kLanes) * static_cast<int64_t>(sizeof(T));
+  for (int64_t r = row; r < row + rows; ++r) {
+    const char* to =
+        reinterpret_cast<const char*>(static_cast<T*>(a.out) + r * a.out_stride + column);
+    // Not __builtin_prefetch: without its instruction set's flag it would ask for reading.
+    for (int64_t i = 0; i < bytes; i += 64) asm volatile("prefetchw %0" ::"m"(to[i]));
+  }
+#endif
+}
+
 template <class T>
 void gemm_typed(const GemmArgs& a, int64_t panel_begin, int64_t panel_end) {
   const T* x = static_cast<const T*>(a.x);
@@ -154,6 +172,7 @@ void gemm_typed(const GemmArgs& a, int64_t panel_begin, int64_t panel_end) {
     const T* w = weights + column * k_padded;
     for (int64_t row = 0; row < a.rows; row += kTileRows) {
       const int rows = static_cast<int>(a.rows - row < kTileRows ? a.rows - row : kTileRows);
+      own_output<T>(a, row, rows, column, vecs);
       gemm_rows<T>(rows, x + row * a.x_stride, a.x_stride, w, vecs, a.k, tile);
       if (a.out_float32) {
         gemm_epilogue<T>(a, rows, vecs, column, tile,

@@ -1,13 +1,13 @@
-// What the launchers need of torch: dtypes, checks with messages, uninitialised outputs.
+// What the launchers need of torch: dtypes and checks with messages.
 #pragma once
 
-#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
 #include "cpu/kernel_table.h"
 #include "runtime/communicator.h"
+#include "runtime/output_memory.h"
 
 namespace commfuse {
 
@@ -22,12 +22,6 @@ inline DType dtype_of_tensor(const at::Tensor& x, const char* name) {
     default:
       TORCH_CHECK_VALUE(false, name, " is ", x.scalar_type(), "; use bfloat16, float16 or float32");
   }
-}
-
-// An uninitialised tensor for an op's output, without a second trip through the dispatcher: that
-// would be half the time of a small op.
-inline at::Tensor empty_output(at::IntArrayRef shape, at::ScalarType dtype) {
-  return at::detail::empty_cpu(shape, dtype);
 }
 
 inline void check_matches(const at::Tensor& x, const at::Tensor& like, at::IntArrayRef shape,
