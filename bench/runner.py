@@ -204,14 +204,16 @@ def _problems(
     if peer is not None and peer.check is not None:
         mine.append(peer.check(inputs[comm.rank], outputs))
     else:
-        expected = adapter.composition(inputs), adapter.reference(inputs)
+        wanted = adapter.composition(inputs), adapter.reference(inputs)
+        expected = [adapter.share(results, comm.rank) for results in wanted]
         mine += [complaint(*tensors) for tensors in zip(outputs, *expected, strict=True)]
-        if len(set(gather(digest(*outputs), comm))) > 1:
+        if not adapter.scattered and len(set(gather(digest(*outputs), comm))) > 1:
             mine.append("the ranks' results differ")
         if adapter.exact:
             whole = adapter.inputs(integers=True)
             (exact,) = run(adapter.prepare(whole[comm.rank], name))
-            if not torch.equal(exact.double(), adapter.reference(whole)[0]):
+            (wanted,) = adapter.share(adapter.reference(whole), comm.rank)
+            if not torch.equal(exact.double(), wanted):
                 mine.append("sums of small integers are not exact")
     found = gather([problem for problem in mine if problem], comm)
     return [f"{name}, rank {rank}: {problem}" for rank, all in enumerate(found) for problem in all]
