@@ -388,8 +388,8 @@ ADAPTERS: dict[str, type[Adapter]] = {
 }
 
 
-def adapter_of(case: Case, dtype: torch.dtype, world_size: int) -> Adapter:
-    """The adapter that knows a case's op.
+def adapter_of(case: Case, dtype: torch.dtype, world_size: int, device: str = "cpu") -> Adapter:
+    """The adapter that knows a case's op; its inputs are made on ``device``.
 
     Raises:
         UsageError: there is none; the message lists those that there are.
@@ -401,4 +401,4 @@ def adapter_of(case: Case, dtype: torch.dtype, world_size: int) -> Adapter:
     """
     if case.op not in ADAPTERS:
         raise UsageError(f"unknown op {case.op!r}: use one of {', '.join(ADAPTERS)}")
-    return ADAPTERS[case.op](case, dtype, world_size)
+    return ADAPTERS[case.op](case, dtype, world_size, device)
