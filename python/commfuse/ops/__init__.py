@@ -12,11 +12,13 @@ import torch
 
 from commfuse.errors import UsageError
 from commfuse.ops._registry import Explanation, Op, Query
-from commfuse.ops.all_reduce import all_reduce
+from commfuse.ops.all_gather import all_gather
+from commfuse.ops.all_reduce import all_reduce, all_reduce_
 from commfuse.ops.all_reduce_rms_norm import all_reduce_rms_norm
 from commfuse.ops.attention import attention
 from commfuse.ops.matmul import PackedWeight, matmul, pack_gate_up, pack_weight
 from commfuse.ops.matmul_all_reduce import matmul_all_reduce
+from commfuse.ops.reduce_scatter import reduce_scatter
 from commfuse.ops.transformer_blocks import BlockWeights, Placement, transformer_blocks
 from commfuse.ops.verify_chain import verify_chain
 from commfuse.ops.vocab_parallel_argmax import vocab_parallel_argmax
@@ -26,6 +28,8 @@ from commfuse.runtime.communicator import Communicator
 OP_NAMES = (
     "all_reduce",
     "all_reduce_rms_norm",
+    "reduce_scatter",
+    "all_gather",
     "matmul",
     "matmul_all_reduce",
     "attention",
@@ -80,7 +84,9 @@ __all__ = [
     "BlockWeights",
     "PackedWeight",
     "Placement",
+    "all_gather",
     "all_reduce",
+    "all_reduce_",
     "all_reduce_rms_norm",
     "attention",
     "explain",
@@ -89,6 +95,7 @@ __all__ = [
     "op",
     "pack_gate_up",
     "pack_weight",
+    "reduce_scatter",
     "transformer_blocks",
     "verify_chain",
     "vocab_parallel_argmax",
