@@ -56,12 +56,12 @@ def _workspace(comm: Communicator):
     return workspace
 
 
-def all_reduce_triton(x: torch.Tensor, comm: Communicator) -> torch.Tensor:
-    """The one-shot all-reduce kernel."""
+def all_reduce_triton(x: torch.Tensor, comm: Communicator, in_place: bool) -> torch.Tensor:
+    """The one-shot all-reduce kernel; the result is ``x`` itself or a new tensor."""
     from commfuse.triton_kernels.all_reduce import all_reduce
 
     comm.check_host()
-    out = torch.empty_like(x)
+    out = x if in_place else torch.empty_like(x)
     all_reduce(x, out, _workspace(comm))
     return out
 
