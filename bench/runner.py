@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from commfuse.bench.gpu_peers import GPU_PEERS
 from commfuse.bench.peers import CPU_PEERS, Peer
 from commfuse.bench.provenance import gpu_provenance, last_level_cache_bytes, provenance
 from commfuse.bench.timing import Cell, Times, gather, measure
-from commfuse.errors import CommfuseError, UsageError
+from commfuse.errors import BackendUnavailable, CommfuseError, UsageError
 from commfuse.runtime import launch
 from commfuse.runtime.communicator import Communicator
 from commfuse.runtime.link import Link
@@ -214,7 +215,12 @@ def measure_case(case: Case, options: Options, comm: Communicator) -> list[dict]
         if key not in copies:
             copies[key] = [prepare(truth.mine) for _ in range(_copies(adapter, comm))]
         run = _caller(adapter, name, peer, comm)
-        problems += _problems(name, peer, run, prepare, truth, copies[key][0], comm)
+        outputs, refusal = _first_call(run, copies[key][0], comm)
+        if refusal is not None:
+            if comm.rank == 0:
+                print(f"{case.op} {case}: {name} left out: {refusal}", file=sys.stderr, flush=True)
+            continue
+        problems += _problems(name, peer, outputs, run, prepare, truth, comm)
         cells.append(Cell(name, [lambda i=i, run=run: run(i) for i in copies[key]]))
     if problems:
         raise CommfuseError(f"{case.op} {case} {options.dtype}: " + "; ".join(problems))
@@ -268,18 +274,38 @@ def _caller(
     return lambda inputs: adapter.call(inputs, comm, name)
 
 
+def _first_call(
+    run: Callable[[Inputs], Outputs], prepared: Inputs, comm: Communicator
+) -> tuple[Outputs, str | None]:
+    """(outputs, None), or why a backend that serves the op does not serve this size.
+
+    Raises:
+        CommfuseError: only some ranks refuse.
+    """
+    outputs: Outputs = ()
+    mine = None
+    try:
+        outputs = run(prepared)
+        comm.check()
+    except BackendUnavailable as error:
+        mine = str(error)
+    reasons = gather(mine, comm)
+    if None in reasons and any(reasons):
+        raise CommfuseError(f"some ranks refuse what others do: {reasons}")
+    return outputs, mine
+
+
 def _problems(
     name: str,
     peer: Peer | None,
+    outputs: Outputs,
     run: Callable[[Inputs], Outputs],
     prepare: Callable[[Inputs], Inputs],
     truth: _Truth,
-    prepared: Inputs,
     comm: Communicator,
 ) -> list[str]:
     """What is wrong with a backend's results, on any rank; the same list on every rank."""
-    adapter, outputs = truth.adapter, run(prepared)
-    comm.check()
+    adapter = truth.adapter
     mine: list[str | None] = []
     if peer is not None and peer.check is not None:
         mine.append(peer.check(truth.inputs, comm.rank, outputs))
