@@ -58,6 +58,7 @@ def explain(
     device: str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     packed: bool | None = None,
+    shape: tuple[int, ...] | None = None,
     backend: str = "auto",
 ) -> Explanation:
     """Which backend would run an op, and why the others would not.
@@ -68,15 +69,17 @@ def explain(
         device: ``"cpu"`` or ``"cuda"``.
         dtype: of the activations.
         packed: whether the weight is packed, for ops with a weight.
+        shape: of x; for ops with a weight, its output features follow: (m, k, n). The backend does
+            not depend on it, but what that does may.
         backend: what the caller would ask for.
 
     Example:
-        >>> print(explain("all_reduce", comm))
+        >>> print(explain("all_reduce", comm, shape=(8, 4096)))
         all_reduce: cpu
           cpu: chosen
           …
     """
-    return op(name).explain(backend, comm, Query(device, dtype, packed))
+    return op(name).explain(backend, comm, Query(device, dtype, packed, shape))
 
 
 __all__ = [
