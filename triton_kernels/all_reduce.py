@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .arguments import check_input, check_like
+from .arguments import check_device, check_input, check_like
 from .numerics import from_float32, to_float32
 from .protocol import (
     OK,
@@ -118,8 +118,9 @@ def all_reduce(x: torch.Tensor, out: torch.Tensor, workspace: Workspace) -> None
         workspace = Workspace.create(comm.rank, [comm.workspace(r) for r in range(comm.world_size)])
         all_reduce(x, out, workspace)
     """
-    check_input("all_reduce", all_reduce_kernel, x, workspace)
+    check_input("all_reduce", x, workspace)
     check_like("all_reduce", "out", out, x, x.shape)
+    check_device(all_reduce_kernel, x)
     op, dtype = OPS.index("all_reduce"), DTYPES.index(x.dtype)
     columns = x.shape[-1] if x.dim() else 1
     rows = x.numel() // columns if columns else 0

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from commfuse.errors import BackendUnavailable, UsageError
 
-from .arguments import check_fits_slot, check_input, check_like
+from .arguments import check_device, check_fits_slot, check_input, check_like
 from .numerics import from_float32, inverse_root_mean_square, to_float32
 from .protocol import (
     OK,
@@ -146,7 +146,7 @@ def all_reduce_rms_norm(
         all_reduce_rms_norm(x, residual, weight, 1e-5, summed, normalised, workspace)
     """
     name = "all_reduce_rms_norm"
-    check_input(name, all_reduce_rms_norm_kernel, x, workspace)
+    check_input(name, x, workspace)
     if x.dim() != 2:
         raise UsageError(f"{name}: x must be [rows, columns]; it has shape {list(x.shape)}")
     rows, columns = x.shape
@@ -157,6 +157,7 @@ def all_reduce_rms_norm(
     ):
         check_like(name, argument, tensor, x, x.shape)
     check_like(name, "weight", weight, x, (columns,))
+    check_device(all_reduce_rms_norm_kernel, x)
     layout = workspace.layout
     row_bytes = columns * x.dtype.itemsize
     check_fits_slot(name, "one row", row_bytes, layout)

@@ -12,12 +12,11 @@ from commfuse.errors import BackendUnavailable, UsageError
 from .workspace import DTYPES, SLOT_ALIGNMENT, Layout, Workspace, round_up
 
 
-def check_input(op: str, kernel, x: torch.Tensor, workspace: Workspace) -> None:
-    """That ``kernel`` can run on ``x``: dtype, memory, device.
+def check_input(op: str, x: torch.Tensor, workspace: Workspace) -> None:
+    """That ``x`` can be exchanged through ``workspace``: dtype, memory, device.
 
     Raises:
-        UsageError: it is no tensor for this op or this workspace.
-        BackendUnavailable: CPU tensors, and Triton's interpreter is off.
+        UsageError: otherwise.
     """
     if x.dtype not in DTYPES:
         raise UsageError(f"{op}: dtype {x.dtype} is not one of {', '.join(map(str, DTYPES))}")
@@ -25,11 +24,6 @@ def check_input(op: str, kernel, x: torch.Tensor, workspace: Workspace) -> None:
         raise UsageError(f"{op}: x must be contiguous")
     if x.device != workspace.addresses.device:
         raise UsageError(f"{op}: x is on {x.device}, the workspace on {workspace.addresses.device}")
-    if x.device.type == "cpu" and isinstance(kernel, triton.JITFunction):
-        raise BackendUnavailable(
-            "the triton backend serves CPU tensors only in Triton's interpreter: set "
-            "TRITON_INTERPRET=1 in the environment before the program starts"
-        )
 
 
 def check_like(
@@ -65,3 +59,16 @@ def check_fits_slot(op: str, what: str, nbytes: int, layout: Layout) -> None:
         f"{op}: {what} has {nbytes} bytes, a slot of the workspace {layout.slot_bytes}; make the "
         f"communicator with Communicator(workspace_bytes={needed}) or more"
     )
+
+
+def check_device(kernel, x: torch.Tensor) -> None:
+    """That ``kernel`` runs where ``x`` is.
+
+    Raises:
+        BackendUnavailable: CPU tensors, and Triton's interpreter is off.
+    """
+    if x.device.type == "cpu" and isinstance(kernel, triton.JITFunction):
+        raise BackendUnavailable(
+            "the triton backend serves CPU tensors only in Triton's interpreter: set "
+            "TRITON_INTERPRET=1 in the environment before the program starts"
+        )

@@ -24,7 +24,7 @@ import triton.language as tl
 
 from commfuse.errors import BackendUnavailable, UsageError
 
-from .arguments import check_fits_slot, check_input, check_like
+from .arguments import check_device, check_fits_slot, check_input, check_like
 from .numerics import INTERPRETED, dot, from_float32, inverse_root_mean_square, to_float32
 from .protocol import (
     MAX_ROWS,
@@ -286,7 +286,7 @@ def matmul_all_reduce(
         matmul_all_reduce(x, w, summed, workspace, residual=residual)
     """
     name = "matmul_all_reduce"
-    check_input(name, matmul_all_reduce_kernel, x, workspace)
+    check_input(name, x, workspace)
     if x.dim() != 2 or w.dim() != 2:
         raise UsageError(
             f"{name}: x must be [rows, k] and w [columns, k]; they have the shapes "
@@ -304,6 +304,7 @@ def matmul_all_reduce(
         check_like(name, argument, tensor, x, (rows, columns))
     if (norm_weight is None) != (normalised is None):
         raise UsageError(f"{name}: norm_weight and normalised are given together or not at all")
+    check_device(matmul_all_reduce_kernel, x)
     if rows > MAX_ROWS.value:
         raise BackendUnavailable(
             f"{name}: the triton backend takes up to {MAX_ROWS.value} rows, not {rows}; use the "
