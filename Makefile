@@ -7,16 +7,29 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 ARGS ?=
 OPS ?= all_reduce matmul_all_reduce
 
+# The machine's own Python and compiler: a GPU machine may have no network to make .venv from, and
+# a g++ of another toolkit on PATH may link the C++ library statically, which setup.py refuses.
+GPU_PYTHON ?= python3
+GPU_CC ?= /usr/bin/gcc
+GPU_CXX ?= /usr/bin/g++
+GPU_RANKS ?= 2,4,8
+GPU_OPS ?= all_reduce all_reduce_rms_norm matmul_all_reduce
+GPU_SECONDS ?= 300
+OUT ?= build/gpu-rows
+
 SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc')
 # Folders are listed too: their time changes when a file in them is deleted.
 BUILD_INPUTS := $(shell find csrc) $(wildcard triton_kernels/__init__.py bench/__init__.py)
+GPU_PATH := $(CURDIR)/build/gpu-path
+GPU_RUN = PYTHONPATH="$(GPU_PATH)" PYTHONUNBUFFERED=1 "$(GPU_PYTHON)"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup model demo test test-long lint format bench clean distclean FORCE
+.PHONY: gpu-setup gpu-test gpu-bench
 
 help:
 	@echo 'make demo        set everything up and generate text with a model split over two processes'
@@ -25,6 +38,8 @@ help:
 	@echo 'make bench       check and time the ops: make bench OPS=all_reduce ARGS="--ranks 2 --json"'
 	@echo 'make lint        ruff and clang-format, without changing a file'
 	@echo 'make format      the same, changing files'
+	@echo 'make gpu-test    build for this machine'"'"'s GPU, with its own Python, and run the tests of GPUs'
+	@echo 'make gpu-bench   the same for the benchmarks; rows go to OUT=build/gpu-rows'
 	@echo 'make setup       the set-up alone'
 	@echo 'make clean       remove what was built; make distclean: the environment too'
 	@echo
@@ -32,7 +47,10 @@ help:
 	@echo 'TORCH="torch==2.13.0"   the torch to install; by default the newest from 2.11 on, as a CPU'
 	@echo '                        build where there is no NVIDIA GPU'
 	@echo 'TORCH_CPU_INDEX=        (empty) take torch from the sources that pip is configured for alone'
-	@echo 'ARGS=...                more arguments for demo, test, test-long and bench'
+	@echo 'GPU_PYTHON=python3      the Python of gpu-test and gpu-bench: with torch for CUDA, triton, ninja,'
+	@echo '                        pytest, typer, rich; and nvcc on PATH. GPU_CC, GPU_CXX: its compiler'
+	@echo 'GPU_RANKS=2,4,8         the numbers of ranks of gpu-bench; GPU_OPS: its ops'
+	@echo 'ARGS=...                more arguments for demo, test, test-long, bench, gpu-test, gpu-bench'
 
 # Holds the torch that was asked for last. It changes, and with it everything that is built on it,
 # only when another one is asked for: plain `make` keeps the torch that is installed.
@@ -68,10 +86,36 @@ test: model
 	@$(BIN)/python -m pytest $(ARGS)
 
 test-long: model
-	@$(BIN)/python -m pytest -m long $(ARGS)
+	@$(BIN)/python -m pytest -m 'long and not gpu' $(ARGS)
 
 bench: setup
 	@set -e; for op in $(OPS); do $(BIN)/commfuse bench $$op $(ARGS); done
+
+# Nothing is installed: the extension lies in the source tree, and links give the folders of the top
+# level their places in the package.
+gpu-setup:
+	@"$(GPU_PYTHON)" tools/check_gpu.py
+	@mkdir -p build
+	@CC="$(GPU_CC)" CXX="$(GPU_CXX)" COMMFUSE_CUDA=1 "$(GPU_PYTHON)" setup.py build_ext --inplace \
+	  > build/gpu-build.log 2>&1 || { tail -n 100 build/gpu-build.log; exit 1; }
+	@rm -rf "$(GPU_PATH)" && mkdir -p "$(GPU_PATH)/commfuse"
+	@ln -s "$(CURDIR)"/python/commfuse/* "$(CURDIR)/triton_kernels" "$(CURDIR)/bench" "$(GPU_PATH)/commfuse/"
+	@"$(GPU_PYTHON)" setup.py --quiet egg_info --egg-base "$(GPU_PATH)" >> build/gpu-build.log 2>&1
+	@$(GPU_RUN) -m commfuse._extension
+
+# addopts and the time limit of pyproject.toml are for plugins that the machine may not have.
+gpu-test: gpu-setup
+	@$(GPU_RUN) -m pytest -o addopts= --import-mode=importlib --strict-markers -p no:cacheprovider \
+	  -m 'gpu and not long' tests/gpu $(ARGS)
+
+gpu-bench: gpu-setup
+	@mkdir -p "$(OUT)"
+	@set -e; for op in $(GPU_OPS); do \
+	  timeout $(GPU_SECONDS) $(GPU_RUN) -m commfuse bench $$op --device cuda --ranks $(GPU_RANKS) \
+	    --json $(ARGS) > "$(OUT)/$$op.jsonl"; done
+	@timeout $(GPU_SECONDS) $(GPU_RUN) -m commfuse bench matmul --device cuda --ranks 1 --json $(ARGS) \
+	  > "$(OUT)/matmul.jsonl"
+	@$(GPU_RUN) -m commfuse.bench.table $(foreach op,$(GPU_OPS) matmul,"$(OUT)/$(op).jsonl")
 
 lint: $(VENV)/.dependencies
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import os
 import platform
 import subprocess
@@ -10,9 +11,12 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 import commfuse
 from commfuse import _extension
+from commfuse.runtime.communicator import Communicator
+from commfuse.runtime.symmetric import device_identity
 
 
 def _version(distribution: str) -> str | None:
@@ -22,6 +26,7 @@ def _version(distribution: str) -> str | None:
         return None
 
 
+@functools.cache
 def git_commit() -> str | None:
     """The commit of the clone this package runs from, with ``+changes`` if files differ from it."""
     clone = Path(commfuse.__file__).resolve().parents[2]
@@ -56,6 +61,48 @@ def last_level_cache_bytes() -> int:
         factor = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(text[-1:], 0)
         sizes.append(int(text[:-1]) * factor)
     return max(sizes)
+
+
+@functools.cache
+def gpu_driver() -> str | None:
+    """The version of NVIDIA's driver, as nvidia-smi says it."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.splitlines()[0].strip() if done.returncode == 0 else None
+
+
+def setting(ranks: int, gpus: int) -> str:
+    """How ranks were spread over GPUs, as it must stand beside every figure.
+
+    Example:
+        >>> setting(4, 1)
+        'one GPU, 4 ranks'
+    """
+    if ranks == gpus:
+        return "one GPU a rank"
+    return f"{'one GPU' if gpus == 1 else f'{gpus} GPUs'}, {ranks} ranks"
+
+
+@functools.cache
+def gpu_provenance(comm: Communicator) -> dict[str, object]:
+    """The GPUs of a communicator and what drives them; all ranks must ask."""
+    places: list[str | None] = [None] * comm.world_size
+    if comm.world_size > 1:
+        dist.all_gather_object(places, device_identity(comm.device)[0], group=comm.group)
+    gpus, properties = len(set(places)), torch.cuda.get_device_properties(comm.device)
+    return {
+        "gpus": gpus,
+        "gpu": properties.name,
+        "setting": setting(comm.world_size, gpus),
+        # Of the rank's share, where ranks share a GPU.
+        "multiprocessors_per_rank": properties.multi_processor_count,
+        "driver": gpu_driver(),
+        "cuda": torch.version.cuda,
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if dist.is_nccl_available() else None,
+    }
 
 
 def provenance() -> dict[str, object]:

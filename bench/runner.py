@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from commfuse import _extension, ops
-from commfuse.bench.peers import PEERS, Peer, prepare_for_peer
-from commfuse.bench.provenance import last_level_cache_bytes, provenance
-from commfuse.bench.table import print_table
+from commfuse.bench.gpu_peers import GPU_PEERS
+from commfuse.bench.peers import CPU_PEERS, Peer
+from commfuse.bench.provenance import gpu_provenance, last_level_cache_bytes, provenance
 from commfuse.bench.timing import Cell, Times, gather, measure
-from commfuse.errors import CommfuseError, UsageError
+from commfuse.errors import BackendUnavailable, CommfuseError, UsageError
 from commfuse.runtime import launch
 from commfuse.runtime.communicator import Communicator
 from commfuse.runtime.link import Link
 from commfuse.testing.adapter import Adapter, Inputs, Outputs
 from commfuse.testing.adapters import adapter_of
 from commfuse.testing.cases import MORE, QUICK, Case, cases_of
+from commfuse.testing.gpu_cases import gpu_cases_of
 from commfuse.testing.numerics import complaint, digest
 
 # Weights (and KV caches) rotate over copies that together exceed any cache that could hold them.
 ROTATED_BYTES = 64 << 20
 READ_BYTES, READ_SLICE = 256 << 20, 32 << 20
-_READ = "read"
+AUTO, _READ = "auto", "read"
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,11 @@ class Options:
     Attributes:
         op: its name.
         world_size: ranks.
-        backends: names of backends and peers; None: all that can run here.
+        backends: names of backends and peers, or ``auto``; None: all that can run here.
+        device: ``cpu`` or ``cuda``.
         dtype: name of a torch dtype.
         cases: ``quick`` or ``all``.
-        iterations: calls of each cell; None: about a second's worth.
+        iterations: how often each cell is timed; None: see :func:`commfuse.bench.timing.measure`.
         link: an emulated link, or None.
         as_json: print JSON lines instead of a table.
     """
@@ -48,6 +52,7 @@ class Options:
     op: str
     world_size: int
     backends: tuple[str, ...] | None = None
+    device: str = "cpu"
     dtype: str = "bfloat16"
     cases: str = "quick"
     iterations: int | None = None
@@ -55,7 +60,12 @@ class Options:
     as_json: bool = False
 
 
-def known_backends(op: str) -> list[str]:
+def peers_of(op: str, device: str) -> tuple[Peer, ...]:
+    """What an op is compared with on a device."""
+    return (GPU_PEERS if device == "cuda" else CPU_PEERS).get(op, ())
+
+
+def known_backends(op: str, device: str) -> list[str]:
     """Backends and peers of an op, ours first.
 
     Raises:
@@ -63,20 +73,35 @@ def known_backends(op: str) -> list[str]:
     """
     if op not in ops.OP_NAMES:
         raise UsageError(f"unknown op {op!r}: use {', '.join(ops.OP_NAMES)} or generate")
-    names = [backend.name for backend in ops.op(op).backends]
-    return names + [peer.name for peer in PEERS.get(op, ())]
+    other = "cpu" if device == "cuda" else "cuda"
+    names = [backend.name for backend in ops.op(op).backends if backend.name != other]
+    return names + [peer.name for peer in peers_of(op, device)]
 
 
 def check_options(options: Options) -> None:
     """Refuses, before ranks are started, what they would all refuse.
 
     Raises:
-        UsageError: an unknown op, or a backend that the op does not have.
+        UsageError: an unknown op, one that is not measured on the device, or a backend that the op
+            does not have.
     """
-    known = known_backends(options.op)
+    known = [*known_backends(options.op, options.device), AUTO]
     for name in options.backends or ():
         if name not in known:
             raise UsageError(f"unknown backend {name!r} for {options.op}: use {', '.join(known)}")
+    cases(options)
+
+
+def cases(options: Options) -> list[Case]:
+    """What is measured.
+
+    Raises:
+        UsageError: nothing of this op is measured on the device.
+    """
+    kinds = (QUICK, MORE) if options.cases == "all" else (QUICK,)
+    if options.device == "cuda":
+        return gpu_cases_of(options.op, options.world_size, kinds)
+    return cases_of(options.op, kinds)
 
 
 def run_rank(options: Options) -> None:
@@ -90,15 +115,25 @@ def run_rank(options: Options) -> None:
     if launch.started_by_launcher():
         launch.join_job()
     group = dist.group.WORLD if dist.is_initialized() else None
+    device, stream = None, contextlib.nullcontext()
+    if options.device == "cuda":
+        device = launch.use_gpu()
+        stream = torch.cuda.stream(torch.cuda.Stream())  # for all calls: see measure()
     try:
-        with torch.inference_mode(), Communicator(group, link=options.link) as comm:
+        with (
+            torch.inference_mode(),
+            stream,
+            Communicator(group, device=device, link=options.link) as comm,
+        ):
             rows = []
-            for case in cases_of(options.op, (QUICK, MORE) if options.cases == "all" else (QUICK,)):
+            for case in cases(options):
                 for row in measure_case(case, options, comm):
                     rows.append(row)
                     if options.as_json and comm.rank == 0:
                         print(json.dumps(row), flush=True)
             if not options.as_json and comm.rank == 0:
+                from commfuse.bench.table import print_table
+
                 print_table(rows)
     finally:
         if dist.is_initialized():
@@ -106,32 +141,58 @@ def run_rank(options: Options) -> None:
 
 
 def _chosen(options: Options, comm: Communicator, dtype: torch.dtype) -> list[str]:
-    """The backends to run; peers that ``exposed`` needs come along with ``cpu``."""
-    packed = True if adapter_packs(options.op) else None
-    reasons = ops.explain(options.op, comm, dtype=dtype, packed=packed).reasons
+    """What to run; peers that are measured beside one of our backends come along with it."""
+    peers = peers_of(options.op, options.device)
     unavailable = {
         name: reason
-        for name, reason in reasons.items()
+        for name, reason in _explain(options, comm, dtype).reasons.items()
         if reason != "chosen" and not reason.startswith("available")
     }
-    peers = PEERS.get(options.op, ())
     for peer in peers:
-        if peer.layout == "cpu" and "cpu" in unavailable:
-            unavailable[peer.name] = unavailable["cpu"]
+        if reason := unavailable.get(peer.beside) or peer.obstacle(comm, dtype):
+            unavailable[peer.name] = reason
     if options.backends is None:
-        return [name for name in known_backends(options.op) if name not in unavailable]
+        names = [n for n in known_backends(options.op, options.device) if n not in unavailable]
+        return [AUTO, *names] if options.device == "cuda" else names
     for name in options.backends:
         if name in unavailable:
             raise UsageError(f"backend {name!r} cannot run {options.op} here: {unavailable[name]}")
     names = list(options.backends)
-    if "cpu" in names:
-        names += [peer.name for peer in peers if peer.layout == "cpu" and peer.name not in names]
+    for peer in peers:
+        if peer.name not in (*names, *unavailable) and {peer.beside, AUTO} & set(names):
+            names.append(peer.name)
     return names
+
+
+def _explain(options: Options, comm: Communicator, dtype: torch.dtype) -> ops.Explanation:
+    packs = options.device == "cpu" and adapter_packs(options.op)
+    return ops.explain(
+        options.op, comm, device=options.device, dtype=dtype, packed=True if packs else None
+    )
 
 
 def adapter_packs(op: str) -> bool:
     """Whether an op's CPU kernel takes a packed weight."""
     return adapter_of(cases_of(op)[0], torch.float32, 1).packs_weight
+
+
+class _Truth:
+    """What the ranks of one case should get, computed once for all backends."""
+
+    def __init__(self, adapter: Adapter, rank: int):
+        self.adapter, self.rank = adapter, rank
+        self.inputs = adapter.inputs()
+        self.expected = [
+            adapter.share(results, rank)
+            for results in (adapter.composition(self.inputs), adapter.reference(self.inputs))
+        ]
+        if adapter.exact:
+            self.integers = adapter.inputs(integers=True)
+            self.exact = adapter.share(adapter.reference(self.integers), rank)[0]
+
+    @property
+    def mine(self) -> Inputs:
+        return self.inputs[self.rank]
 
 
 def measure_case(case: Case, options: Options, comm: Communicator) -> list[dict]:
@@ -141,25 +202,31 @@ def measure_case(case: Case, options: Options, comm: Communicator) -> list[dict]
         UsageError, CommfuseError: as :func:`run_rank`.
     """
     dtype = getattr(torch, options.dtype)
-    adapter = adapter_of(case, dtype, comm.world_size)
-    inputs = adapter.inputs()
-    mine = inputs[comm.rank]
-    peers = {peer.name: peer for peer in PEERS.get(case.op, ())}
-    prepared: dict[str, list[Inputs]] = {}  # by layout
+    adapter = adapter_of(case, dtype, comm.world_size, str(comm.device))
+    truth = _Truth(adapter, comm.rank)
+    peers = {peer.name: peer for peer in peers_of(case.op, options.device)}
+    copies: dict[str, list[Inputs]] = {}  # by layout
     cells, problems = [], []
     for name in _chosen(options, comm, dtype):
         peer = peers.get(name)
-        layout = peer.layout if peer else name
-        if layout not in prepared:
-            prepared[layout] = _copies(adapter, mine, layout)
+        layout = _layout(name, peer, options, comm, dtype)
+        prepare = _preparation(adapter, layout, peer, comm)
+        key = name if peer and peer.prepare else layout
+        if key not in copies:
+            copies[key] = [prepare(truth.mine) for _ in range(_copies(adapter, comm))]
         run = _caller(adapter, name, peer, comm)
-        problems += _problems(name, peer, run, adapter, inputs, prepared[layout][0], comm)
-        cells.append(Cell(name, [lambda i=i, run=run: run(i) for i in prepared[layout]]))
+        outputs, refusal = _first_call(run, copies[key][0], comm)
+        if refusal is not None:
+            if comm.rank == 0:
+                print(f"{case.op} {case}: {name} left out: {refusal}", file=sys.stderr, flush=True)
+            continue
+        problems += _problems(name, peer, outputs, run, prepare, truth, comm)
+        cells.append(Cell(name, [lambda i=i, run=run: run(i) for i in copies[key]]))
     if problems:
         raise CommfuseError(f"{case.op} {case} {options.dtype}: " + "; ".join(problems))
-    del inputs
-    streams = adapter.streamed_bytes() > 0 and _extension.module is not None
-    if streams:
+    del truth
+    streams = options.device == "cpu" and adapter.streamed_bytes() > 0
+    if streams := streams and _extension.module is not None:
         cells.append(_read_cell())
     times = measure(cells, comm, options.iterations, interleaved=streams)
     read_gb_per_s = READ_SLICE / times[_READ].p50_us / 1e3 if streams else None
@@ -170,15 +237,33 @@ def measure_case(case: Case, options: Options, comm: Communicator) -> list[dict]
     ]
 
 
-def _copies(adapter: Adapter, mine: Inputs, layout: str) -> list[Inputs]:
-    """Prepared inputs, as often as it takes to have weights come from memory."""
-    if layout == "peer":
-        duplicate = lambda: prepare_for_peer(adapter, mine)  # noqa: E731
-    else:
-        duplicate = lambda: adapter.duplicate(mine, layout)  # noqa: E731
+def _layout(
+    name: str, peer: Peer | None, options: Options, comm: Communicator, dtype: torch.dtype
+) -> str:
+    """The backend whose prepared inputs a cell takes; on a GPU all take the same."""
+    if options.device == "cuda":
+        return "cuda"
+    if peer is not None:
+        return peer.layout
+    return _explain(options, comm, dtype).backend if name == AUTO else name
+
+
+def _copies(adapter: Adapter, comm: Communicator) -> int:
+    """How many copies of the inputs it takes to have weights come from memory."""
     streamed = adapter.streamed_bytes()
-    wanted = max(ROTATED_BYTES, 2 * last_level_cache_bytes())
-    return [duplicate() for _ in range(wanted // streamed + 1 if streamed else 1)]
+    if comm.device.type == "cuda":
+        wanted = 4 * torch.cuda.get_device_properties(comm.device).L2_cache_size
+    else:
+        wanted = max(ROTATED_BYTES, 2 * last_level_cache_bytes())
+    return wanted // streamed + 1 if streamed else 1
+
+
+def _preparation(
+    adapter: Adapter, layout: str, peer: Peer | None, comm: Communicator
+) -> Callable[[Inputs], Inputs]:
+    if peer is not None and peer.prepare is not None:
+        return lambda inputs: peer.prepare(adapter, inputs, comm)
+    return lambda inputs: adapter.duplicate(inputs, layout)
 
 
 def _caller(
@@ -189,29 +274,48 @@ def _caller(
     return lambda inputs: adapter.call(inputs, comm, name)
 
 
+def _first_call(
+    run: Callable[[Inputs], Outputs], prepared: Inputs, comm: Communicator
+) -> tuple[Outputs, str | None]:
+    """(outputs, None), or why a backend that serves the op does not serve this size.
+
+    Raises:
+        CommfuseError: only some ranks refuse.
+    """
+    outputs: Outputs = ()
+    mine = None
+    try:
+        outputs = run(prepared)
+        comm.check()
+    except BackendUnavailable as error:
+        mine = str(error)
+    reasons = gather(mine, comm)
+    if None in reasons and any(reasons):
+        raise CommfuseError(f"some ranks refuse what others do: {reasons}")
+    return outputs, mine
+
+
 def _problems(
     name: str,
     peer: Peer | None,
+    outputs: Outputs,
     run: Callable[[Inputs], Outputs],
-    adapter: Adapter,
-    inputs: list[Inputs],
-    prepared: Inputs,
+    prepare: Callable[[Inputs], Inputs],
+    truth: _Truth,
     comm: Communicator,
 ) -> list[str]:
     """What is wrong with a backend's results, on any rank; the same list on every rank."""
-    outputs = run(prepared)
+    adapter = truth.adapter
     mine: list[str | None] = []
     if peer is not None and peer.check is not None:
-        mine.append(peer.check(inputs[comm.rank], outputs))
+        mine.append(peer.check(truth.inputs, comm.rank, outputs))
     else:
-        expected = adapter.composition(inputs), adapter.reference(inputs)
-        mine += [complaint(*tensors) for tensors in zip(outputs, *expected, strict=True)]
-        if len(set(gather(digest(*outputs), comm))) > 1:
+        mine += [complaint(*tensors) for tensors in zip(outputs, *truth.expected, strict=True)]
+        if not adapter.scattered and len(set(gather(digest(*outputs), comm))) > 1:
             mine.append("the ranks' results differ")
         if adapter.exact:
-            whole = adapter.inputs(integers=True)
-            (exact,) = run(adapter.prepare(whole[comm.rank], name))
-            if not torch.equal(exact.double(), adapter.reference(whole)[0]):
+            (exact,) = run(prepare(truth.integers[comm.rank]))
+            if not torch.equal(exact.double(), truth.exact):
                 mine.append("sums of small integers are not exact")
     found = gather([problem for problem in mine if problem], comm)
     return [f"{name}, rank {rank}: {problem}" for rank, all in enumerate(found) for problem in all]
@@ -228,35 +332,63 @@ def _read_cell() -> Cell:
     return Cell(_READ, [lambda s=s: native.read_memory(s) for s in slices])
 
 
-def _exposed(times: dict[str, Times], name: str) -> float | None:
-    """How much of the communication of ``gemm+all_reduce`` remains visible in the fused op."""
-    if name != "cpu" or not {"gemm", "gemm+all_reduce"} <= set(times):
+def visible(
+    times: Mapping[str, Times], name: str, gemm: str, unfused: Sequence[str]
+) -> float | None:
+    """How much of the communication stays visible in a fused op.
+
+    Args:
+        times: of one case.
+        name: the fused op's cell.
+        gemm: the GEMM alone.
+        unfused: the GEMM, then an all-reduce; the fastest of these counts.
+
+    Returns:
+        (fused - gemm) / (unfused - gemm) of the medians; None where one of them is missing, or the
+        all-reduce costs nothing.
+    """
+    found = [times[other].p50_us for other in unfused if other in times]
+    if gemm not in times or not found or min(found) <= times[gemm].p50_us:
         return None
-    gemm, unfused = times["gemm"].p50_us, times["gemm+all_reduce"].p50_us
-    return (times[name].p50_us - gemm) / (unfused - gemm) if unfused > gemm else None
+    alone = times[gemm].p50_us
+    return (times[name].p50_us - alone) / (min(found) - alone)
+
+
+def _exposed(times: Mapping[str, Times], name: str, options: Options) -> dict[str, float | None]:
+    """The fields of a row that say how much communication stays visible."""
+    own = "gemm", ["gemm+all_reduce"]
+    if options.device == "cpu":
+        return {"exposed": visible(times, name, *own) if name in ("cpu", AUTO) else None}
+    if name not in (AUTO, "cuda", "triton"):
+        return {"exposed": None, "exposed_own": None}
+    return {
+        "exposed": visible(times, name, "cublas", ["cublas+one_shot", "cublas+two_shot"]),
+        "exposed_own": visible(times, name, *own),
+    }
 
 
 def _row(
     adapter: Adapter,
     options: Options,
     comm: Communicator,
-    times: dict[str, Times],
+    times: Mapping[str, Times],
     name: str,
     copies: int,
     read_gb_per_s: float | None,
 ) -> dict:
     """One row of results; ``bench/README.md`` says what its fields mean."""
     time, case, streamed = times[name], adapter.case, adapter.streamed_bytes()
+    peers = {peer.name: peer for peer in peers_of(case.op, options.device)}
+    partial = name in peers and peers[name].partial
     torch_time = times.get("torch")
-    partial = name == "gemm"  # it does less than the op: no ratio
     streamed_gb_per_s = fraction = None
-    if streamed and case["m"] == 1 and read_gb_per_s:
+    if streamed and case["m"] == 1 and (read_gb_per_s or options.device == "cuda"):
         streamed_gb_per_s = streamed / time.p50_us / 1e3
-        fraction = streamed_gb_per_s / read_gb_per_s
-    return {
+        fraction = streamed_gb_per_s / read_gb_per_s if read_gb_per_s else None
+    row = {
         "op": case.op,
         "backend": name,
-        "device": "cpu",
+        "device": options.device,
         "gpus": 0,
         "ranks": comm.world_size,
         "emulated": comm.link.name if comm.link else False,
@@ -266,7 +398,7 @@ def _row(
         "p20_us": round(time.p20_us, 3),
         "p50_us": round(time.p50_us, 3),
         "p80_us": round(time.p80_us, 3),
-        "exposed": _exposed(times, name),
+        **_exposed(times, name, options),
         "times_faster_than_torch": (
             torch_time.p50_us / time.p50_us if torch_time and not partial else None
         ),
@@ -278,5 +410,17 @@ def _row(
         "iterations": time.iterations,
         "threads_per_rank": torch.get_num_threads(),
         "transport": comm.transport,
-        **provenance(),
     }
+    if options.device == "cuda":
+        baselines = [
+            times[peer.name].p50_us
+            for peer in peers.values()
+            if peer.baseline and peer.name in times
+        ]
+        row |= {
+            "of_baseline": time.p50_us / min(baselines) if baselines and not partial else None,
+            "graph": True,
+            "calls_per_replay": time.calls,
+            **gpu_provenance(comm),
+        }
+    return row | provenance()

@@ -1,6 +1,15 @@
-"""Rows of results for people."""
+"""Rows of results for people.
+
+``python -m commfuse.bench.table ROWS.jsonl…`` shows the medians of files of rows, a line a shape.
+"""
 
 from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from itertools import groupby
+from pathlib import Path
 
 from rich import box
 from rich.console import Console
@@ -39,9 +48,11 @@ def _cells(row: dict) -> dict[str, str]:
         "p50": _time(row["p50_us"]),
         "p80": _time(row["p80_us"]),
         "to torch": ratio_text(row["times_faster_than_torch"], reference),
-        "exposed": "" if exposed is None else _exposed_text(exposed),
+        "exposed": _loss_text(exposed),
         "GB/s": "" if rate is None else f"{rate:.1f}",
         "of read": "" if fraction is None else f"{fraction:.0%}",
+        "exposed, own": _loss_text(row.get("exposed_own")),
+        "of baseline": _loss_text(row.get("of_baseline")),
     }
 
 
@@ -53,11 +64,10 @@ def console() -> Console:
 def print_table(rows: list[dict]) -> None:
     """Prints the rows of one op; a line above says what holds for all of them."""
     first = rows[0]
-    emulated = f", emulated link {first['emulated']}" if first["emulated"] else ""
     table = Table(
         title=(
-            f"{first['op']} {first['dtype']}, {first['ranks']} ranks on {first['cores']} cores, "
-            f"{first['transport']}{emulated}; us per call, slowest rank"
+            f"{first['op']} {first['dtype']}, {_place(first)}, {first['transport']}; "
+            "us per call, slowest rank"
         ),
         title_justify="left",
         box=box.SIMPLE_HEAD,
@@ -79,16 +89,32 @@ def print_table(rows: list[dict]) -> None:
     print_provenance(first, output)
 
 
+def _place(row: dict) -> str:
+    if row["device"] == "cuda":
+        return f"{row['gpu']}, {row['setting']}"
+    emulated = f", emulated link {row['emulated']}" if row["emulated"] else ""
+    return f"{row['ranks']} ranks on {row['cores']} cores{emulated}"
+
+
 def print_provenance(row: dict, output: Console) -> None:
     """The machine and the versions, on one line."""
+    if row["device"] == "cuda":
+        output.print(
+            f"{row['gpu']}, driver {row['driver']}, CUDA {row['cuda']}, torch {row['torch']}, "
+            f"triton {row['triton']}, {row['date_utc']}"
+        )
+        return
     output.print(
         f"{row['cpu_model']} ({row['cpu_isa']}), torch {row['torch']}, "
         f"load {row['load_average_1min']:.1f}, {row['date_utc']}"
     )
 
 
-def _exposed_text(exposed: float) -> str:
-    return f"[red]{exposed:.2f} loses[/red]" if exposed > 1 else f"{exposed:.2f}"
+def _loss_text(ratio: float | None) -> str:
+    """A ratio of times, marked where it is a loss."""
+    if ratio is None:
+        return ""
+    return f"[red]{ratio:.2f} loses[/red]" if ratio > 1 else f"{ratio:.2f}"
 
 
 def print_generate_table(rows: list[dict]) -> None:
@@ -127,3 +153,48 @@ def print_generate_table(rows: list[dict]) -> None:
     output = console()
     output.print(table)
     print_provenance(first, output)
+
+
+def read_rows(paths: Iterable[str | Path]) -> list[dict]:
+    """The rows in files of JSON lines, in order."""
+    lines = (line for path in paths for line in Path(path).read_text().splitlines())
+    return [json.loads(line) for line in lines if line.strip()]
+
+
+def print_summary(rows: list[dict]) -> None:
+    """Prints the medians of ops' rows: a table for each op and number of ranks, a line a shape."""
+
+    def shape(row: dict) -> str:
+        return " ".join(f"{key}={value}" for key, value in row["shape"].items())
+
+    output = console()
+    for (op, dtype, place), group in groupby(rows, lambda r: (r["op"], r["dtype"], _place(r))):
+        measured = list(group)
+        names = list(dict.fromkeys(row["backend"] for row in measured))
+        ours = next((name for name in ("cuda", "cpu") if name in names), names[0])
+        output.print(f"{op} {dtype}, {place}; median us per call, slowest rank; ratios of {ours}")
+        table = Table(box=box.SIMPLE_HEAD)
+        table.add_column("shape", no_wrap=True)
+        titles = {"exposed": "exposed", "exposed_own": "own", "of_baseline": "of baseline"}
+        ratios = {
+            key: title
+            for key, title in titles.items()
+            if any(row.get(key) is not None for row in measured if row["backend"] == ours)
+        }
+        for name in (*names, *ratios.values()):
+            table.add_column(name, justify="right", no_wrap=True)
+        for text in dict.fromkeys(shape(row) for row in measured):
+            found = {row["backend"]: row for row in measured if shape(row) == text}
+            own = found.get(ours, {})
+            table.add_row(
+                text,
+                *(_time(found[name]["p50_us"]) if name in found else "" for name in names),
+                *(_loss_text(own.get(key)) for key in ratios),
+            )
+        output.print(table)
+    if rows:
+        print_provenance(rows[-1], output)
+
+
+if __name__ == "__main__":
+    print_summary(read_rows(sys.argv[1:]))

@@ -1,4 +1,8 @@
-"""Times calls on several ranks at once: the slowest rank counts, and backends take turns."""
+"""Times calls on several ranks at once: the slowest rank counts, and backends take turns.
+
+On the CPU each call is timed by itself. On a GPU, where the time of a launch would hide that of the
+kernel, many calls are captured in a CUDA graph, and its replays are timed by the GPU.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
 from commfuse.runtime.communicator import Communicator
@@ -16,6 +21,12 @@ from commfuse.runtime.communicator import Communicator
 SECONDS = 1.0  # of calls, for each cell
 FEWEST, MOST = 50, 20_000  # calls of a cell, where their number is not given
 ROUNDS = 10  # in every round each cell has its turn: a drift of the machine hits all alike
+
+REPLAYS = 20  # of a cell's graph, where their number is not given
+REPLAY_US = 2000  # about what a replay takes: ranks do not begin at the same time, to some 10 us
+FEWEST_CAPTURED, MOST_CAPTURED = 8, 1000  # calls
+# The GPU waits as long before a replay, which the host launches meanwhile: about 200 us on an H100.
+LEAD_CYCLES = 350_000
 
 
 @dataclass(frozen=True)
@@ -33,9 +44,15 @@ class Cell:
 
 @dataclass(frozen=True)
 class Times:
-    """The slowest rank's times of a cell's calls, microseconds."""
+    """The slowest rank's times of a cell's calls, microseconds.
+
+    Attributes:
+        iterations: how often was timed.
+        calls: made each time; times are by call.
+    """
 
     iterations: int
+    calls: int
     p20_us: float
     p50_us: float
     p80_us: float
@@ -81,41 +98,105 @@ def measure(
     """Times cells side by side; every rank calls with the same cells.
 
     Args:
-        cells: what to time.
-        comm: its barrier precedes every call.
-        iterations: calls of each cell, rounded up to a multiple of the rounds; None: about a
-            second's worth.
-        interleaved: cells take turns call by call, with equally many calls. For cells that start
-            cold in any case: a drift of the memory's speed then hits all of them alike, and small
-            differences between them show.
+        cells: what to time. On a GPU, calls must have been made once, so that nothing is compiled
+            or reserved while they are captured, and the current stream must be the one on which
+            they are made, and not the default one, which cannot be captured.
+        comm: its barrier precedes everything that is timed; its device says how that is done.
+        iterations: on the CPU calls of each cell, rounded up to a multiple of the rounds; None:
+            about a second's worth. On a GPU replays of each cell; None: 20.
+        interleaved: on the CPU: cells take turns call by call, with equally many calls. For cells
+            that start cold in any case: a drift of the memory's speed then hits all of them alike,
+            and small differences between them show. On a GPU replays always do.
 
     Returns:
         By cell name, from each call's slowest rank.
+
+    Raises:
+        CommunicatorError: a call failed.
 
     Example:
         >>> measure([Cell("cpu", [lambda: ops.all_reduce(x, comm)])], comm)["cpu"].p50_us
         3.1
     """
+    gc.collect()
+    gc.disable()
+    try:
+        if comm.device.type == "cuda":
+            times, calls = _replays(cells, comm, iterations or REPLAYS)
+        else:
+            times, calls = _turns(cells, comm, iterations, interleaved), [1] * len(cells)
+    finally:
+        gc.enable()
+    result = {}
+    for cell, taken, count in zip(cells, times, calls, strict=True):
+        slowest = np.max(np.array(gather(taken, comm)), axis=0) / 1e3 / count
+        result[cell.name] = Times(len(taken), count, *np.percentile(slowest, (20, 50, 80)).tolist())
+    return result
+
+
+def _turns(
+    cells: Sequence[Cell], comm: Communicator, iterations: int | None, interleaved: bool
+) -> list[list[int]]:
+    """Nanoseconds of every call of every cell on the CPU."""
     rounds, counts = ROUNDS, [_calls_per_round(cell, comm, iterations) for cell in cells]
     if interleaved:
         rounds, counts = ROUNDS * min(counts), [1] * len(cells)
     times: list[list[int]] = [[] for _ in cells]
     order = np.random.default_rng(0)
-    gc.collect()
-    gc.disable()
-    try:
-        for _ in range(rounds):
-            # In another order each time: what a cell leaves in the caches must not always meet the
-            # same successor. Every rank draws the same orders.
-            for number in order.permutation(len(cells)):
-                cell, taken = cells[number], times[number]
-                # Cells may share their inputs: none may find what the one before has just read.
-                first = len(taken) + number * len(cell.calls) // len(cells)
-                taken += _time(cell, comm, first, counts[number])
-    finally:
-        gc.enable()
-    result = {}
-    for cell, taken in zip(cells, times, strict=True):
-        slowest = np.max(np.array(gather(taken, comm)), axis=0) / 1e3
-        result[cell.name] = Times(len(taken), *np.percentile(slowest, (20, 50, 80)).tolist())
-    return result
+    for _ in range(rounds):
+        # In another order each time: what a cell leaves in the caches must not always meet the
+        # same successor. Every rank draws the same orders.
+        for number in order.permutation(len(cells)):
+            cell, taken = cells[number], times[number]
+            # Cells may share their inputs: none may find what the one before has just read.
+            first = len(taken) + number * len(cell.calls) // len(cells)
+            taken += _time(cell, comm, first, counts[number])
+    return times
+
+
+class _Graph:
+    """Calls of a cell, captured in a CUDA graph."""
+
+    def __init__(self, cell: Cell, calls: int):
+        self.calls = calls
+        self.graph = torch.cuda.CUDAGraph()
+        self.begin, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
+            for index in range(calls):
+                cell.calls[index % len(cell.calls)]()
+
+    def replay(self, comm: Communicator) -> float:
+        """Nanoseconds of a replay that all ranks begin together."""
+        torch.cuda.synchronize()
+        comm.barrier()
+        torch.cuda._sleep(LEAD_CYCLES)
+        self.begin.record()
+        self.graph.replay()
+        self.end.record()
+        self.end.synchronize()
+        return self.begin.elapsed_time(self.end) * 1e6
+
+
+def _captured(cell: Cell, comm: Communicator) -> _Graph:
+    """A graph that takes about REPLAY_US, and in which each call comes up."""
+    trial = _Graph(cell, max(FEWEST_CAPTURED, len(cell.calls)))
+    trial.replay(comm)  # the first replay also loads the graph
+    slowest_us = max(gather(trial.replay(comm), comm)) / 1e3 / trial.calls
+    wanted = min(int(REPLAY_US / slowest_us), MOST_CAPTURED)
+    return _Graph(cell, wanted) if wanted > trial.calls else trial
+
+
+def _replays(
+    cells: Sequence[Cell], comm: Communicator, replays: int
+) -> tuple[list[list[float]], list[int]]:
+    """Nanoseconds of every replay of every cell, and how many calls a cell's replay makes."""
+    graphs = [_captured(cell, comm) for cell in cells]
+    for graph in graphs:
+        graph.replay(comm)
+    times: list[list[float]] = [[] for _ in cells]
+    order = np.random.default_rng(0)
+    for _ in range(replays):
+        for number in order.permutation(len(cells)):  # the same on every rank
+            times[number].append(graphs[number].replay(comm))
+    comm.check()  # calls of a communicator that has failed return at once
+    return times, [graph.calls for graph in graphs]

@@ -70,6 +70,8 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("now_ns", &now_ns);
   m.attr("panel_columns") = kPanelColumns;
+  // For the shape of an op's output, where only the handle is known.
+  m.def("world_size", [](int64_t handle) { return Communicator::from_handle(handle).world(); });
 
 #ifdef COMMFUSE_WITH_CUDA
   py::class_<GpuLink>(m, "GpuLink")

@@ -11,8 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from commfuse.errors import BackendUnavailable, UsageError
-
+from .arguments import check_device, check_input, check_like
 from .numerics import from_float32, to_float32
 from .protocol import (
     OK,
@@ -62,7 +61,7 @@ def all_reduce_kernel(
                 tl.store(slot + start + lane, value, mask=mask)
             start += grid * BLOCK
         if block == 0:
-            describe(addresses, rank, generation, op, dtype, rows, columns, W, PADDED)
+            describe(addresses, rank, generation, op, dtype, rows, columns, 0, W, PADDED)
         signal(addresses, rank, generation, tag, 0, block, W, PADDED, MAX_BLOCKS, WORDS)
 
         status = wait(
@@ -119,29 +118,13 @@ def all_reduce(x: torch.Tensor, out: torch.Tensor, workspace: Workspace) -> None
         workspace = Workspace.create(comm.rank, [comm.workspace(r) for r in range(comm.world_size)])
         all_reduce(x, out, workspace)
     """
-    if x.dtype not in DTYPES:
-        raise UsageError(f"all_reduce: dtype {x.dtype} is not one of {', '.join(map(str, DTYPES))}")
-    if (x.shape, x.dtype, x.device) != (out.shape, out.dtype, out.device):
-        raise UsageError(
-            f"all_reduce: out is {out.dtype}{list(out.shape)} on {out.device}, "
-            f"but x is {x.dtype}{list(x.shape)} on {x.device}"
-        )
-    if not (x.is_contiguous() and out.is_contiguous()):
-        raise UsageError("all_reduce: x and out must be contiguous")
-    if x.device != workspace.addresses.device:
-        raise UsageError(
-            f"all_reduce: x is on {x.device}, the workspace on {workspace.addresses.device}"
-        )
-    if x.device.type == "cpu" and isinstance(all_reduce_kernel, triton.JITFunction):
-        raise BackendUnavailable(
-            "the triton backend serves CPU tensors only in Triton's interpreter: set "
-            "TRITON_INTERPRET=1 in the environment before the program starts"
-        )
-
+    check_input("all_reduce", x, workspace)
+    check_like("all_reduce", "out", out, x, x.shape)
+    check_device(all_reduce_kernel, x)
     op, dtype = OPS.index("all_reduce"), DTYPES.index(x.dtype)
     columns = x.shape[-1] if x.dim() else 1
     rows = x.numel() // columns if columns else 0
-    tag = call_tag(op, dtype, rows, columns)
+    tag = call_tag(op, dtype, rows, columns, 0)
     layout = workspace.layout
     capacity = layout.slot_bytes // x.dtype.itemsize
     x, out = x.view(-1), out.view(-1)

@@ -31,3 +31,21 @@ def from_float32(value, dtype: tl.constexpr):
         return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
         return value.to(dtype)
+
+
+@triton.jit
+def dot(a, b, total):
+    """``total`` + ``a`` ``b``, in float32: products of 16-bit inputs are exact, float32 is not cut.
+
+    Triton's interpreter, as of 3.9, multiplies the bits of bfloat16 as if they were integers.
+    """
+    if INTERPRETED:
+        return tl.dot(to_float32(a), to_float32(b), total, input_precision="ieee")
+    else:
+        return tl.dot(a, b, total, input_precision="ieee")
+
+
+@triton.jit
+def inverse_root_mean_square(squares, columns, eps):
+    """What RMSNorm multiplies a row with, from the sum of its squares."""
+    return 1.0 / tl.sqrt(squares / columns + eps)

@@ -19,6 +19,8 @@ Memory of one rank, in this order (all words int64, all ranks alike, zero when c
     descriptors     [parity][source] 8 words each: what every source called (block 0 writes them)
     generations     [block] number of calls that the block has completed
     words           [parity][phase][block][source] generation << 16 | tag
+    arrivals        [block] generation in which the block last met the others of its grid
+    squares         [block][row] float32 for what blocks that meet tell each other of a row
     payload         [parity][source] slots of a fixed number of bytes
 
 Why it needs no barrier at the end of a call: a rank writes the slots of generation g + 2 (the same
@@ -54,6 +56,8 @@ MISMATCHED = tl.constexpr(2)
 ABORTED = tl.constexpr(3)
 
 ABORT_POLL_INTERVAL = tl.constexpr(64)
+
+MAX_ROWS = tl.constexpr(64)  # of a call whose blocks meet
 
 PHASES = tl.constexpr(2)  # a two-shot algorithm exchanges twice in one call; one-shot uses phase 0
 
@@ -108,13 +112,14 @@ def slot_pointer(address, generation, source, dtype: tl.constexpr,
 
 
 @triton.jit
-def describe(addresses, rank, generation, op, dtype, rows, columns,
+def describe(addresses, rank, generation, op, dtype, rows, columns, options,
              W: tl.constexpr, PADDED: tl.constexpr):  # fmt: skip
     """Block 0, before it signals: tells every peer what this rank called."""
     peer = tl.arange(0, PADDED)
     field = tl.arange(0, DESCRIPTOR_WORDS)
     value = tl.where(field == 0, op, 0) + tl.where(field == 1, dtype, 0)
     value = value.to(tl.int64) + tl.where(field == 2, rows, 0) + tl.where(field == 3, columns, 0)
+    value += tl.where(field == 4, options, 0)
     line = (generation & 1) * PADDED + rank
     table = _words_at(tl.load(addresses + peer, mask=peer < W, other=0) + DESCRIPTORS)
     pointers = table[:, None] + (line * DESCRIPTOR_WORDS + field)[None, :]
@@ -193,6 +198,46 @@ def wait(addresses, rank, generation, tag, phase, block, max_polls, W: tl.conste
             before = _word_offset(generation - 1, phase, block, MAX_BLOCKS, PADDED, WORDS)
             word = tl.maximum(word, _load_acquire(_words_at(address + before) + peer))
         _fail(addresses, rank, status, peer, generation, expected, word, W, PADDED)
+    return status
+
+
+@triton.jit
+def meet(addresses, rank, generation, block, grid, max_polls, W: tl.constexpr,
+         PADDED: tl.constexpr, MAX_BLOCKS: tl.constexpr, ARRIVALS: tl.constexpr):  # fmt: skip
+    """Waits until every block of this rank's grid has come here; once in a call.
+
+    What they stored before can be read afterwards. Returns what :func:`wait` returns. Triton's
+    interpreter runs one block after the other: there a grid that meets must have one block.
+    """
+    address = own_address(addresses, rank)
+    arrivals = _words_at(address + ARRIVALS)
+    # Release: this block's stores, made visible to the others of the GPU.
+    tl.debug_barrier()
+    tl.atomic_xchg(arrivals + block, generation, sem="release", scope="gpu")
+    other = tl.arange(0, MAX_BLOCKS)
+    present = other < grid
+    # A word for each block and not one counter: nothing has to be set back for the next call.
+    missing = 1
+    polls = 0
+    alive = True
+    # A block that waits for a peer may come as late as its own limit allows.
+    while (missing > 0) & (polls // 2 < max_polls) & alive:
+        seen = tl.atomic_add(arrivals + other, 0, mask=present, sem="acquire", scope="gpu")
+        missing = tl.sum((present & (seen != generation)).to(tl.int32), axis=0)
+        polls += 1
+        if polls % ABORT_POLL_INTERVAL == 0:
+            alive = is_alive(address)
+    # Orders the reads of all threads of the block after the acquire above.
+    tl.debug_barrier()
+
+    status = OK
+    if missing > 0:
+        status = TIMED_OUT
+        if not alive:
+            status = ABORTED
+        if status == TIMED_OUT:
+            _fail(addresses, rank, status, rank, generation, generation << 16, generation * 0,
+                  W, PADDED)  # fmt: skip
     return status
 
 

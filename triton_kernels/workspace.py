@@ -21,11 +21,15 @@ SLOT_ALIGNMENT = 4096  # bytes: a multiple of every tile that a kernel moves
 # to 3.9 million. Interpreter: one to two milliseconds of Python a poll.
 POLLS_PER_SECOND = {"cuda": 4_000_000, "cpu": 800}
 
-OPS = ("none", "all_reduce")  # index = the op's code in a descriptor
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # index = the dtype's code
+# The index is the op's, the dtype's code in a descriptor.
+OPS = ("none", "all_reduce", "all_reduce_rms_norm", "matmul_all_reduce")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# The tensors that a call may leave out: bit i of a descriptor's options stands for the i-th.
+OPTIONS = ("bias", "residual", "norm_weight")
 
 
-def _round_up(value: int, multiple: int) -> int:
+def round_up(value: int, multiple: int) -> int:
+    """The smallest multiple that is not below ``value``."""
     return -(-value // multiple) * multiple
 
 
@@ -61,14 +65,22 @@ class Layout:
     @property
     def words(self) -> int:
         """Byte offset of the signal words."""
-        return _round_up(self.generations + 8 * self.max_blocks, 128)
+        return round_up(self.generations + 8 * self.max_blocks, 128)
+
+    @property
+    def arrivals(self) -> int:
+        """Byte offset of the arrivals."""
+        return self.words + 2 * protocol.PHASES.value * self.max_blocks * self.padded * 8
+
+    @property
+    def squares(self) -> int:
+        """Byte offset of the sums of squares."""
+        return round_up(self.arrivals + 8 * self.max_blocks, 128)
 
     @property
     def payload(self) -> int:
         """Byte offset of the payload."""
-        return _round_up(
-            self.words + 2 * protocol.PHASES.value * self.max_blocks * self.padded * 8, 4096
-        )
+        return round_up(self.squares + 4 * self.max_blocks * protocol.MAX_ROWS.value, 4096)
 
     @property
     def half_stride(self) -> int:
@@ -81,7 +93,7 @@ class Layout:
         return self.payload + 2 * self.world_size * self.slot_bytes
 
     def constants(self) -> dict[str, int]:
-        """The layout as the compile-time arguments of a kernel."""
+        """The layout as the compile-time arguments of a kernel that exchanges messages."""
         return {
             "W": self.world_size,
             "PADDED": self.padded,
@@ -92,6 +104,10 @@ class Layout:
             "HALF": self.half_stride,
             "SLOT": self.slot_bytes,
         }
+
+    def meeting_constants(self) -> dict[str, int]:
+        """The further ones of a kernel whose blocks meet."""
+        return {"ARRIVALS": self.arrivals, "SQUARES": self.squares}
 
     @classmethod
     def fit(cls, nbytes: int, world_size: int, max_blocks: int = 32) -> Layout:
@@ -241,8 +257,10 @@ class Workspace:
         words = self._int64(
             failure.rank, protocol.DESCRIPTORS.value + 8 * count * slot, count
         ).tolist()
-        op, dtype, rows, columns = words[:4]
-        return f"{OPS[op]} {str(DTYPES[dtype]).removeprefix('torch.')}[{rows}, {columns}]"
+        op, dtype, rows, columns, options = words[:5]
+        called = f"{OPS[op]} {str(DTYPES[dtype]).removeprefix('torch.')}[{rows}, {columns}]"
+        given = [name for i, name in enumerate(OPTIONS) if options >> i & 1]
+        return " with ".join([called, *([", ".join(given)] if given else [])])
 
     def abort(self) -> None:
         """Ends this workspace on all ranks, from the host: waiting kernels leave, later ones too.
@@ -258,6 +276,11 @@ class Workspace:
             self._int64(rank, protocol.ABORT.value, 1).fill_(self.rank + 1)
 
 
-def call_tag(op: int, dtype: int, rows: int, columns: int) -> int:
+def options_code(**tensors: torch.Tensor | None) -> int:
+    """Which of ``OPTIONS`` a call gives, as a descriptor says it."""
+    return sum(1 << OPTIONS.index(name) for name, given in tensors.items() if given is not None)
+
+
+def call_tag(op: int, dtype: int, rows: int, columns: int, options: int) -> int:
     """16 bits that differ, almost surely, between calls that do not belong together."""
-    return zlib.crc32(f"{op} {dtype} {rows} {columns}".encode()) & 0xFFFF
+    return zlib.crc32(f"{op} {dtype} {rows} {columns} {options}".encode()) & 0xFFFF

@@ -3,11 +3,11 @@
 #include <algorithm>
 #include <cstring>
 
+#include "runtime/slices.h"
+
 namespace commfuse {
 namespace {
 
-// A slice should fit the L1 or L2 cache together with its copy; below it a message is one slice.
-constexpr size_t kSliceBytes = 16 * 1024;
 // From here on two-shot's 2 (W - 1) / W messages cost less than one-shot's W - 1. With two ranks
 // both move the same bytes and one-shot has one wait fewer.
 constexpr size_t kTwoShotBytes = 64 * 1024;
@@ -26,15 +26,13 @@ class Exchange {
         n_(n) {}
 
   void one_shot() {
-    const int64_t slice = slice_elements(n_);
-    const int slices = slice_count(n_, slice);
-    push(0, slice);
-    for (int s = 0; s < slices; ++s) {
-      if (s + 1 < slices) push(s + 1, slice);
-      call_.wait_all(0, s);
-      const int64_t begin = s * slice;
-      sum(begin, std::min(slice, n_ - begin), out_ + begin * size_);
-    }
+    exchange_in_slices(
+        call_, n_, size_,
+        [&](int64_t begin, int64_t count) {
+          std::memcpy(call_.payload(c_.rank(), 0) + begin * size_, x_ + begin * size_,
+                      count * size_);
+        },
+        [&](int64_t begin, int64_t count) { sum(begin, count, out_ + begin * size_); });
   }
 
   // Phase 0: everybody's data is there, each rank adds its part. Phase 1: the parts are collected.
@@ -55,18 +53,6 @@ class Exchange {
   }
 
  private:
-  int64_t slice_elements(int64_t n) const {
-    const int64_t least = round_up((n + kMaxBlocks - 1) / kMaxBlocks, kLanes);
-    return std::max<int64_t>(least, kSliceBytes / size_);
-  }
-  static int slice_count(int64_t n, int64_t slice) {
-    return static_cast<int>(std::max<int64_t>(1, (n + slice - 1) / slice));
-  }
-  void push(int s, int64_t slice) {
-    const int64_t begin = s * slice, count = std::min(slice, n_ - begin);
-    std::memcpy(call_.payload(c_.rank(), 0) + begin * size_, x_ + begin * size_, count * size_);
-    call_.publish(0, s, count * size_);
-  }
   void sum(int64_t begin, int64_t count, std::byte* out) const {
     const void* sources[kMaxWorld];
     for (int r = 0; r < c_.world(); ++r) {

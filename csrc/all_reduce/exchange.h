@@ -10,8 +10,8 @@
 
 namespace commfuse {
 
-// out[n] = sum over ranks of x[n] (+ residual[n]); the same bits on every rank. Messages above the
-// communicator's capacity take several calls.
+// out[n] = sum over ranks of x[n] (+ residual[n]); the same bits on every rank. out may be x.
+// Messages above the communicator's capacity take several calls.
 void all_reduce_sum(Communicator& communicator, const Descriptor& descriptor, DType dtype,
                     const void* x, const void* residual, void* out, int64_t n);
 

@@ -20,6 +20,10 @@ const char* name_of(Op op) {
       return "vocab_parallel_argmax";
     case Op::verify_chain:
       return "verify_chain";
+    case Op::reduce_scatter:
+      return "reduce_scatter";
+    case Op::all_gather:
+      return "all_gather";
   }
   return "unknown";
 }

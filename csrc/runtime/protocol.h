@@ -24,6 +24,8 @@ enum class Op : uint16_t {
   matmul_all_reduce,
   vocab_parallel_argmax,
   verify_chain,
+  reduce_scatter,
+  all_gather,
 };
 
 const char* name_of(Op op);

@@ -1,4 +1,4 @@
-"""all_reduce and all_reduce_rms_norm on 1 to 4 ranks: exact, in rank order, equal everywhere."""
+"""The collectives on 1 to 4 ranks: exact, in rank order, equal everywhere."""
 
 from pathlib import Path
 
@@ -22,6 +22,10 @@ def ranks(request):
         pytest.param("repeat", id="the same bits again"),
         pytest.param("norm", id="rms_norm errs at most twice as much as torch"),
         pytest.param("inputs", id="inputs are left alone"),
+        pytest.param("in place", id="in place, the same bits"),
+        pytest.param("bits", id="all_gather copies every bit, those of NaN too"),
+        pytest.param("traffic", id="calls and bytes are those of the message"),
+        pytest.param("refusal", id="rows that ranks cannot share are refused at once"),
     ],
 )
 def test_results(ranks, kind):
@@ -31,3 +35,7 @@ def test_results(ranks, kind):
 def test_every_rank_has_the_same_bits(ranks):
     assert len(ranks[0]["digests"]) > 150
     assert all(rank["digests"] == ranks[0]["digests"] for rank in ranks)
+
+
+def test_compiled():
+    assert run_ranks(f"{WORKERS}/collectives.py:compiled", 2, timeout=120) == [[], []]

@@ -1,5 +1,7 @@
 """Schemas and fakes (opcheck), the backend tables, packing, and input that does not fit."""
 
+import importlib
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 import commfuse
 from commfuse import ops
 from commfuse.errors import BackendUnavailable, CommunicatorClosed, UsageError
+from commfuse.ops._registry import Backend, Op
 from commfuse.runtime.communicator import Communicator
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -66,7 +69,12 @@ def arguments(name: str, dtype: torch.dtype, handle: int) -> list[tuple]:
             (OPS.matmul.default, (x, packed.data, 17, row, False, 17, True)),
             (OPS.matmul.default, (x, ops.pack_gate_up(w, w).data, 64, None, True, 17, False)),
         ],
-        "all_reduce": [(OPS.all_reduce.default, (x, handle))],
+        "all_reduce": [
+            (OPS.all_reduce.default, (x, handle)),
+            (OPS.all_reduce_.default, (x, handle)),
+        ],
+        "reduce_scatter": [(OPS.reduce_scatter.default, (x, handle))],
+        "all_gather": [(OPS.all_gather.default, (x, handle))],
         "all_reduce_rms_norm": [
             (OPS.all_reduce_rms_norm.default, (residual, None, row, 1e-5, handle)),
             (OPS.all_reduce_rms_norm.default, (residual, residual, row, 1e-5, handle)),
@@ -119,6 +127,16 @@ def test_explanations_say_what_runs_and_why(comm):
         assert text.startswith(f"{name}: cpu\n") and "cpu: chosen" in text
     with pytest.raises(UsageError, match="unknown op 'all_reduced': use one of all_reduce, "):
         commfuse.explain("all_reduced", comm)
+
+
+def test_explanations_may_know_the_shape_and_calls_do_not_ask_again_for_another(comm, monkeypatch):
+    seen = []
+    probe = Op("probe", (Backend("cpu", len, lambda comm, query: seen.append(query.shape)),))
+    monkeypatch.setattr(importlib.import_module("commfuse.ops.all_reduce"), "OP", probe)
+    commfuse.explain("all_reduce", comm, shape=(8, 4096))
+    commfuse.explain("all_reduce", comm)
+    assert probe.select("auto", comm, one(2)) is probe.select("auto", comm, one(3, 4)) is len
+    assert seen == [(8, 4096), None, None]
 
 
 @pytest.mark.parametrize("backend", ["cpu", "nccl", "triton"])
@@ -178,6 +196,13 @@ def one(*shape, **options):
     ("call", "message"),
     [
         (lambda c: ops.all_reduce(one(4, 4).T[1:], c), "x is not contiguous"),
+        (lambda c: ops.all_reduce_(one(4, 4).T[1:], c), "x is not contiguous"),
+        (lambda c: ops.reduce_scatter(one(4, 4).T[1:], c), "x is not contiguous"),
+        (lambda c: ops.reduce_scatter(one(()), c), "x has 0 dimensions; the ranks sh"),
+        (lambda c: ops.reduce_scatter(one(()), c, "torch"), "x has 0 dimensions; the ranks sh"),
+        (lambda c: ops.all_gather(one(4, 4).T[1:], c), "x is not contiguous"),
+        (lambda c: ops.all_gather(one(()), c), "the ranks' are joined along"),
+        (lambda c: ops.all_gather(one(()), c, "torch"), "the ranks' are joined along"),
         (lambda c: ops.all_reduce_rms_norm(one(4), None, one(4), 1e-5, c), "1 dimensions"),
         (lambda c: ops.all_reduce_rms_norm(one(2, 4), None, one(3), 1e-5, c), "weight has shape"),
         (lambda c: ops.all_reduce_rms_norm(one(2, 4), one(1, 4), one(4), 1e-5, c), "residual has"),

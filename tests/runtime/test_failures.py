@@ -56,6 +56,8 @@ def absence(jobs):
         ("dtypes", "all_reduce float32[2, 4]", "all_reduce float16[2, 4]"),
         ("ops", "all_reduce_rms_norm float32[2, 4]", "matmul_all_reduce float32[2, 4]"),
         ("options", "matmul_all_reduce float32[2, 4]", "matmul_all_reduce float32[2, 4] (variant"),
+        ("parts", "all_gather float32[2, 4]", "all_gather float32[1, 4]"),
+        ("directions", "all_gather float32[6, 4]", "reduce_scatter float32[6, 4]"),
         ("barrier", "all_reduce float32[2, 4]", "barrier"),
         ("large", "all_reduce float32[3000000]", "all_reduce float32[5]"),
     ],

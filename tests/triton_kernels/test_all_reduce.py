@@ -13,7 +13,7 @@ from commfuse.triton_kernels.all_reduce import all_reduce
 from commfuse.triton_kernels.workspace import Layout, Workspace
 
 ROOT = Path(__file__).resolve().parents[2]
-WORKER = str(Path(__file__).with_name("all_reduce_worker.py"))
+WORKER = str(Path(__file__).with_name("worker.py"))
 INTERPRETER = {"TRITON_INTERPRET": "1"}
 KINDS = ("integers", "random")
 SIZES = ("empty", "one", "odd", "block-1", "block", "block+1", "blocks", "capacity+1", "chunks")
@@ -55,12 +55,12 @@ def test_sum_is_exact_and_equal_on_all_ranks(correctness, world_size, dtype, siz
 
 @pytest.mark.parametrize(("world_size", "calls"), [(2, 40), (3, 15)])
 def test_stragglers_at_every_step(world_size, calls):
-    assert run("stragglers", world_size, calls) == [0] * world_size
+    assert run("stragglers", world_size, "all_reduce", calls) == [0] * world_size
 
 
 @pytest.fixture(scope="module")
 def controls():
-    return run("controls", 2)
+    return run("controls", 2, "all_reduce")
 
 
 def test_delays_of_the_negative_controls_do_no_harm(controls):
@@ -74,13 +74,13 @@ def test_broken_protocol_is_caught(controls, case):
 
 @pytest.fixture(scope="module")
 def failures():
-    return run("failures", 2)
+    return run("failures", 2, "all_reduce")
 
 
 def test_absent_peer_gives_a_bounded_error(failures):
     kind, text, seconds = failures[0]["absent peer"]
     assert kind == "PeerTimeout"
-    for part in ("rank 0", "rank 1", "all_reduce float32[3, 5]", "call 2", "generation 2, seen 1"):
+    for part in ("rank 0", "rank 1", "all_reduce float32[1, 3]", "call 2", "generation 2, seen 1"):
         assert part in text
     assert seconds < 20
 
@@ -97,14 +97,14 @@ def test_different_shapes_are_named(failures):
     for rank in failures:
         kind, text, _ = rank["shapes"]
         assert kind == "PeerMismatch", text
-        assert "float32[2, 4]" in text and "float32[2, 1024]" in text
+        assert "float32[1, 3]" in text and "float32[2, 1024]" in text
 
 
 def test_different_dtypes_are_named(failures):
     for rank in failures:
         kind, text, _ = rank["dtypes"]
         assert kind == "PeerMismatch", text
-        assert "float32[2, 4]" in text and "bfloat16[2, 4]" in text
+        assert "float32[1, 3]" in text and "bfloat16[1, 3]" in text
 
 
 def test_host_abort_ends_a_wait(failures):

@@ -1,6 +1,7 @@
 """On every rank: collectives against sums that are formed here, without the package."""
 
 import torch
+import torch.distributed as dist
 
 from commfuse import ops
 from commfuse.runtime.communicator import Communicator
@@ -13,6 +14,7 @@ SHAPES = ((0, 5), (4, 0), (3, 17), (64, 33), (2, 3, 5), (2, 1, 3, 1, 2, 2, 3))
 # Several slices of one-shot; two-shot among three ranks or more (from 64 KiB on); odd borders.
 LARGE = (16384, 16385, 32767, 32768, 70001)
 SMALL_PAYLOAD = 4096
+KINDS = ("exact", "order", "repeat", "norm", "inputs", "in place", "bits", "traffic", "refusal")
 
 
 def _generator(seed: int, rank: int) -> torch.Generator:
@@ -30,6 +32,15 @@ def _reals(shape, dtype, seed, rank):
     return (torch.randn(shape, generator=generator) * scale).to(dtype)
 
 
+def _any_bits(shape, dtype, seed, rank):
+    """NaN of all kinds, infinities, subnormal numbers, and what else there is."""
+    integers = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    limits = torch.iinfo(integers)
+    generator = _generator(seed, rank)
+    drawn = torch.randint(limits.min, limits.max, shape, generator=generator, dtype=integers)
+    return drawn.view(dtype)
+
+
 def _sum_in_rank_order(parts: list[torch.Tensor]) -> torch.Tensor:
     """float32 sums, added in rank order, not yet rounded to the parts' dtype."""
     total = parts[0].float()
@@ -44,7 +55,7 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def check(comm_group) -> dict:
     """All checks; returns the failures of each kind and the digests that ranks must share."""
-    found = {"exact": [], "order": [], "repeat": [], "norm": [], "inputs": []}
+    found = {kind: [] for kind in KINDS}
     digests = {}
     for payload in (SMALL_PAYLOAD, None):
         options = {"payload_bytes": payload} if payload else {}
@@ -57,8 +68,11 @@ def check(comm_group) -> dict:
             for dtype in DTYPES:
                 for seed, shape in enumerate(shapes):
                     _check_all_reduce(comm, shape, dtype, seed, payload, found, digests)
+                    _check_reduce_scatter(comm, shape, dtype, seed, payload, found)
+                    _check_all_gather(comm, shape, dtype, seed, payload, found, digests)
                 for seed, shape in enumerate([(0, 33), (1, 1), (1, 15), (5, 17), (3, 1025)]):
                     _check_norm(comm, shape, dtype, seed, payload, found, digests)
+                _check_refusal(comm, dtype, found)
     return {"found": found, "digests": digests}
 
 
@@ -74,6 +88,8 @@ def _check_all_reduce(comm, shape, dtype, seed, payload, found, digests):
             found["exact"].append(f"{backend}: {name}")
         if not _same_bits(mine, parts[comm.rank]):
             found["inputs"].append(f"{backend}: {name}")
+        if ops.all_reduce_(mine, comm, backend) is not mine or not _same_bits(mine, out):
+            found["in place"].append(f"{backend}: {name}")
 
     parts = [_reals(shape, dtype, seed, rank) for rank in ranks]
     out = ops.all_reduce(parts[comm.rank], comm, "cpu")
@@ -84,6 +100,80 @@ def _check_all_reduce(comm, shape, dtype, seed, payload, found, digests):
     for _ in range(2):
         if not _same_bits(out, ops.all_reduce(parts[comm.rank], comm, "cpu")):
             found["repeat"].append(name)
+    mine = parts[comm.rank].clone()
+    if ops.all_reduce_(mine, comm, "cpu") is not mine or not _same_bits(mine, out):
+        found["in place"].append(name)
+
+
+def _check_reduce_scatter(comm, shape, dtype, seed, payload, found):
+    """shape: of each rank's part."""
+    world, whole = comm.world_size, (comm.world_size * shape[0], *shape[1:])
+    name = f"reduce_scatter {dtype} {list(shape)}, payload {payload}"
+    rows = slice(comm.rank * shape[0], (comm.rank + 1) * shape[0])
+    parts = [_integers(whole, dtype, seed, rank) for rank in range(world)]
+    expected = torch.stack([part.to(torch.int64) for part in parts]).sum(0)[rows]
+    for backend in ("cpu", "torch"):
+        mine = parts[comm.rank].clone()
+        out = ops.reduce_scatter(mine, comm, backend)
+        if out.dtype != dtype or not torch.equal(out.to(torch.int64), expected):
+            found["exact"].append(f"{backend}: {name}")
+        if not _same_bits(mine, parts[comm.rank]):
+            found["inputs"].append(f"{backend}: {name}")
+
+    parts = [_reals(whole, dtype, seed, rank) for rank in range(world)]
+    comm.reset_statistics()
+    out = ops.reduce_scatter(parts[comm.rank], comm, "cpu")
+    if not _same_bits(out, _sum_in_rank_order(parts).to(dtype)[rows]):
+        found["order"].append(name)
+    _check_traffic(comm, out, (comm.payload_bytes // dtype.itemsize) // world, name, found)
+    if not _same_bits(out, ops.reduce_scatter(parts[comm.rank], comm, "cpu")):
+        found["repeat"].append(name)
+
+
+def _check_all_gather(comm, shape, dtype, seed, payload, found, digests):
+    name = f"all_gather {dtype} {list(shape)}, payload {payload}"
+    parts = [_any_bits(shape, dtype, seed, rank) for rank in range(comm.world_size)]
+    for backend in ("cpu", "torch"):
+        mine = parts[comm.rank].clone()
+        comm.reset_statistics()
+        out = ops.all_gather(mine, comm, backend)
+        if backend == "cpu":
+            _check_traffic(comm, mine, comm.payload_bytes // dtype.itemsize, name, found)
+        digests[f"{backend} {name}"] = digest(out)
+        if not _same_bits(out, torch.cat(parts)):
+            found["bits"].append(f"{backend}: {name}")
+        if out.numel() and out.data_ptr() == mine.data_ptr():
+            found["bits"].append(f"{backend}: {name} shares memory with its input")
+        if not _same_bits(mine, parts[comm.rank]):
+            found["inputs"].append(f"{backend}: {name}")
+
+
+def _check_traffic(comm, to_each, capacity, name, found):
+    """Since the last reset: as many calls as a message to each peer takes, and its bytes."""
+    statistics, peers = comm.statistics(), comm.world_size - 1
+    calls = max(1, -(-to_each.numel() // capacity)) if peers else 1
+    if (statistics.calls, statistics.bytes_sent) != (calls, peers * to_each.nbytes):
+        found["traffic"].append(f"{name}: {statistics}, not {calls} calls")
+
+
+def _check_refusal(comm, dtype, found):
+    """Rows that the ranks cannot share are refused before anything is exchanged."""
+    world = comm.world_size
+    if world == 1:
+        return
+    x = torch.ones(2 * world + 1, 3, dtype=dtype)
+    text = f"x has {2 * world + 1} rows, which {world} ranks cannot share evenly; "
+    text += f"use {2 * world} or {3 * world}"
+    comm.reset_statistics()
+    for backend in ("cpu", "torch"):
+        try:
+            ops.reduce_scatter(x, comm, backend)
+            found["refusal"].append(f"{backend} {dtype}: nothing raised")
+        except ValueError as error:
+            if str(error) != text:
+                found["refusal"].append(f"{backend} {dtype}: {error}")
+    if comm.statistics().calls:
+        found["refusal"].append(f"{dtype}: {comm.statistics()}")
 
 
 def _check_norm(comm, shape, dtype, seed, payload, found, digests):
@@ -114,6 +204,26 @@ def _check_norm(comm, shape, dtype, seed, payload, found, digests):
 
 def run() -> dict:
     """On the ranks of a job."""
-    import torch.distributed as dist
-
     return check(dist.group.WORLD)
+
+
+def compiled() -> list[str]:
+    """The ops inside torch.compile without a graph break; what is wrong."""
+
+    def layer(x, comm):
+        y = 2 * x
+        same = ops.all_reduce_(y, comm)
+        return same + 1, ops.reduce_scatter(y, comm), ops.all_gather(y, comm)
+
+    failures = []
+    with Communicator(dist.group.WORLD) as comm:
+        run = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        for rows in (2, 6, 4):  # one shape, then any
+            x = _integers((rows * comm.world_size, 5), torch.float32, rows, 0)
+            before = x.clone()
+            for ours, plain in zip(run(x, comm), layer(x, comm), strict=True):
+                if not _same_bits(ours, plain):
+                    failures.append(f"{rows} rows: {list(ours.shape)}, not {list(plain.shape)}")
+            if not torch.equal(x, before):
+                failures.append(f"{rows} rows: the input has changed")
+    return failures

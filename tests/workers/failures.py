@@ -55,7 +55,7 @@ def _twice(comm, call) -> dict[str, Raised]:
 def mismatches() -> dict[str, dict[str, Raised]]:
     """Pairs of calls that do not belong together; the last rank makes the other one."""
     results = {}
-    one, w = torch.ones(2, 4), ops.pack_weight(torch.ones(4, 4))
+    one, six, w = torch.ones(2, 4), torch.ones(6, 4), ops.pack_weight(torch.ones(4, 4))
     pairs = {
         "shapes": (lambda c: ops.all_reduce(one, c), lambda c: ops.all_reduce(one.T, c)),
         "sizes": (lambda c: ops.all_reduce(one, c), lambda c: ops.all_reduce(one.new_ones(0), c)),
@@ -68,6 +68,8 @@ def mismatches() -> dict[str, dict[str, Raised]]:
             lambda c: ops.matmul_all_reduce(one, w, c),
             lambda c: ops.matmul_all_reduce(one, w, c, residual=one),
         ),
+        "parts": (lambda c: ops.all_gather(one, c), lambda c: ops.all_gather(one[:1], c)),
+        "directions": (lambda c: ops.all_gather(six, c), lambda c: ops.reduce_scatter(six, c)),
         "barrier": (lambda c: ops.all_reduce(one, c), lambda c: c.barrier()),
         # Different numbers of slices and calls; two-shot against one-shot.
         "large": (

@@ -14,6 +14,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # One slice, several, two-shot (from 64 KiB on), several calls of the payload below.
 SIZES = (0, 1, 17, 576, 4096, 16385, 33000, 70001)
 PAYLOAD_BYTES = 128 * 1024
+KINDS = ("sum", "sum", "in_place", "scatter", "gather", "norm", "matmul", "argmax", "barrier")
 
 
 class Soak:
@@ -58,7 +59,7 @@ class Soak:
     def step(self) -> str | None:
         """One call; what it was, if its result is wrong."""
         self.calls += 1
-        kind = self.shared.choice(("sum", "sum", "norm", "matmul", "argmax", "barrier"))
+        kind = self.shared.choice(KINDS)
         dtype = self.shared.choice(DTYPES)
         self.delay()
         wrong = getattr(self, f"_{kind}")(dtype)
@@ -68,6 +69,25 @@ class Soak:
         shape = (self.shared.choice(SIZES),)
         out = ops.all_reduce(self.part(self.comm.rank, shape).to(dtype), self.comm)
         return not torch.equal(out.to(torch.int64), self.total(shape))
+
+    def _in_place(self, dtype) -> bool:
+        shape = (self.shared.choice(SIZES),)
+        out = self.part(self.comm.rank, shape).to(dtype)
+        ops.all_reduce_(out, self.comm)
+        return not torch.equal(out.to(torch.int64), self.total(shape))
+
+    def _scatter(self, dtype) -> bool:
+        rank, world = self.comm.rank, self.comm.world_size
+        rows = self.shared.choice(SIZES) // world
+        out = ops.reduce_scatter(self.part(rank, (rows * world,)).to(dtype), self.comm)
+        mine = self.total((rows * world,))[rank * rows : (rank + 1) * rows]
+        return not torch.equal(out.to(torch.int64), mine)
+
+    def _gather(self, dtype) -> bool:
+        shape = (self.shared.choice(SIZES),)
+        out = ops.all_gather(self.part(self.comm.rank, shape).to(dtype), self.comm)
+        parts = [self.part(rank, shape) for rank in range(self.comm.world_size)]
+        return not torch.equal(out.to(torch.int64), torch.cat(parts))
 
     def _norm(self, dtype) -> bool:
         shape = (self.shared.randrange(1, 5), self.shared.choice((1, 33, 576)))

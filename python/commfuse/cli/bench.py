@@ -6,10 +6,11 @@ from typing import Annotated
 
 import typer
 
-from commfuse.cli.ranks import run_again_as_ranks, started_ranks
+from commfuse.cli.ranks import gpu_lab, rank_counts, run_again_as_ranks, started_ranks
 from commfuse.errors import UsageError
 from commfuse.runtime.link import parse_links
 
+DEVICES = ("cpu", "cuda")
 DTYPES = ("bfloat16", "float16", "float32")
 CASES = ("quick", "all")
 
@@ -18,9 +19,13 @@ def bench(
     op: Annotated[
         str, typer.Argument(help="An op (all_reduce, matmul_all_reduce, …) or generate.")
     ],
-    device: Annotated[str, typer.Option(help="cpu.")] = "cpu",
+    device: Annotated[str, typer.Option(help=f"{' or '.join(DEVICES)}.")] = "cpu",
     ranks: Annotated[
-        int | None, typer.Option(help="Ranks to start. (default: 2, or those of torchrun)")
+        str | None,
+        typer.Option(
+            help="Ranks to start; several numbers, as in 2,4,8, are measured one after the other. "
+            "(default: 2, or those of torchrun)"
+        ),
     ] = None,
     backends: Annotated[
         str | None,
@@ -30,7 +35,10 @@ def bench(
     cases: Annotated[str, typer.Option(help="quick, or all: more sizes.")] = "quick",
     iterations: Annotated[
         int | None,
-        typer.Option(help="Calls of each row; rounds of generate. (default: a second's worth; 3)"),
+        typer.Option(
+            help="Calls of each row; replays of its graph on a GPU; rounds of generate. (default: "
+            "a second's worth; 20; 3)"
+        ),
     ] = None,
     link: Annotated[
         list[str] | None,
@@ -45,16 +53,13 @@ def bench(
 ) -> None:
     """Measure OP: results are checked first, then timed on the slowest rank.
 
-    This command starts its ranks itself; under torchrun an op is measured on torchrun's ranks.
+    This command starts its ranks itself; under torchrun an op is measured on torchrun's ranks. On
+    GPUs ranks are dealt out to them in turn; several on one share it under NVIDIA's MPS.
     """
     started = started_ranks()
-    world_size = ranks or started or 2
-    if ranks is not None and ranks < 1:
-        raise UsageError(f"--ranks {ranks}: at least 1")
-    if started is not None and world_size != started:
-        raise UsageError(f"--ranks {ranks}, but the launcher has started {started} ranks")
-    if device != "cpu":
-        raise UsageError(f"--device {device}: no op has a kernel for it in this version; use cpu")
+    counts = rank_counts(ranks, started)
+    if device not in DEVICES:
+        raise UsageError(f"--device {device}: use {' or '.join(DEVICES)}")
     if dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype}: use {', '.join(DTYPES)}")
     if cases not in CASES:
@@ -62,31 +67,45 @@ def bench(
     if iterations is not None and iterations < 1:
         raise UsageError(f"--iterations {iterations}: at least 1")
     links = parse_links(link or [])
+    if links and device == "cuda":
+        raise UsageError("--link: links are emulated between ranks on the CPU only")
     names = _split(backends)
     if op == "generate":
         from commfuse.bench.generate import run_generate
 
+        if device == "cuda":
+            raise UsageError("--device cuda: bench generate runs on the CPU in this version")
         if started is not None:
             raise UsageError("bench generate starts its own ranks: run it without a launcher")
-        run_generate(model, world_size, names, dtype, iterations or 3, links.get("tp"), as_json)
+        for count in counts:
+            run_generate(model, count, names, dtype, iterations or 3, links.get("tp"), as_json)
         return
 
     from commfuse.bench.runner import Options, check_options, run_rank
 
-    options = Options(
-        op=op,
-        world_size=world_size,
-        backends=names,
-        dtype=dtype,
-        cases=cases,
-        iterations=iterations,
-        link=links.get("tp"),
-        as_json=as_json,
-    )
-    check_options(options)
-    if started is None and world_size > 1:
-        raise typer.Exit(run_again_as_ranks(world_size))
-    run_rank(options)
+    every = [
+        Options(
+            op=op,
+            world_size=count,
+            backends=names,
+            device=device,
+            dtype=dtype,
+            cases=cases,
+            iterations=iterations,
+            link=links.get("tp"),
+            as_json=as_json,
+        )
+        for count in counts
+    ]
+    for options in every:
+        check_options(options)
+    if started is not None or (counts == [1] and device == "cpu"):
+        run_rank(every[0])
+        return
+    with gpu_lab(device) as lab:
+        for count in counts:
+            if status := run_again_as_ranks(count, lab.environment(count) if lab else None):
+                raise typer.Exit(status)
 
 
 def _split(names: str | None) -> tuple[str, ...] | None:

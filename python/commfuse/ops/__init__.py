@@ -12,11 +12,13 @@ import torch
 
 from commfuse.errors import UsageError
 from commfuse.ops._registry import Explanation, Op, Query
-from commfuse.ops.all_reduce import all_reduce
+from commfuse.ops.all_gather import all_gather
+from commfuse.ops.all_reduce import all_reduce, all_reduce_
 from commfuse.ops.all_reduce_rms_norm import all_reduce_rms_norm
 from commfuse.ops.attention import attention
 from commfuse.ops.matmul import PackedWeight, matmul, pack_gate_up, pack_weight
 from commfuse.ops.matmul_all_reduce import matmul_all_reduce
+from commfuse.ops.reduce_scatter import reduce_scatter
 from commfuse.ops.transformer_blocks import BlockWeights, Placement, transformer_blocks
 from commfuse.ops.verify_chain import verify_chain
 from commfuse.ops.vocab_parallel_argmax import vocab_parallel_argmax
@@ -26,6 +28,8 @@ from commfuse.runtime.communicator import Communicator
 OP_NAMES = (
     "all_reduce",
     "all_reduce_rms_norm",
+    "reduce_scatter",
+    "all_gather",
     "matmul",
     "matmul_all_reduce",
     "attention",
@@ -54,6 +58,7 @@ def explain(
     device: str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     packed: bool | None = None,
+    shape: tuple[int, ...] | None = None,
     backend: str = "auto",
 ) -> Explanation:
     """Which backend would run an op, and why the others would not.
@@ -64,15 +69,17 @@ def explain(
         device: ``"cpu"`` or ``"cuda"``.
         dtype: of the activations.
         packed: whether the weight is packed, for ops with a weight.
+        shape: of x; for ops with a weight, its output features follow: (m, k, n). The backend does
+            not depend on it, but what that does may.
         backend: what the caller would ask for.
 
     Example:
-        >>> print(explain("all_reduce", comm))
+        >>> print(explain("all_reduce", comm, shape=(8, 4096)))
         all_reduce: cpu
           cpu: chosen
           …
     """
-    return op(name).explain(backend, comm, Query(device, dtype, packed))
+    return op(name).explain(backend, comm, Query(device, dtype, packed, shape))
 
 
 __all__ = [
@@ -80,7 +87,9 @@ __all__ = [
     "BlockWeights",
     "PackedWeight",
     "Placement",
+    "all_gather",
     "all_reduce",
+    "all_reduce_",
     "all_reduce_rms_norm",
     "attention",
     "explain",
@@ -89,6 +98,7 @@ __all__ = [
     "op",
     "pack_gate_up",
     "pack_weight",
+    "reduce_scatter",
     "transformer_blocks",
     "verify_chain",
     "vocab_parallel_argmax",

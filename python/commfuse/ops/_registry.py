@@ -19,18 +19,21 @@ LIBRARY = torch.library.Library("commfuse", "FRAGMENT")
 
 @dataclass(frozen=True)
 class Query:
-    """What the choice of a backend depends on.
+    """A kind of call, and what the choice of a backend depends on: all of it but the shape.
 
     Attributes:
         device: ``"cpu"`` or ``"cuda"``.
         dtype: of the activations.
         packed: whether the weight is a :class:`~commfuse.ops.matmul.PackedWeight`; None for an op
             without a weight.
+        shape: of the activations; for an op with a weight, the output features follow: (m, k, n).
+            None where no particular call is meant.
     """
 
     device: str
     dtype: torch.dtype
     packed: bool | None = None
+    shape: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

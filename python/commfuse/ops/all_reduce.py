@@ -22,7 +22,12 @@ def _fake(x: torch.Tensor, communicator: int) -> torch.Tensor:
     return torch.empty_like(x)
 
 
+def _fake_in_place(x: torch.Tensor, communicator: int) -> None:
+    return None
+
+
 _all_reduce = define("all_reduce(Tensor x, int communicator) -> Tensor", _fake)
+_all_reduce_in_place = define("all_reduce_(Tensor(a!) x, int communicator) -> ()", _fake_in_place)
 
 
 def reference(xs: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -30,14 +35,18 @@ def reference(xs: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.stack([x.double() for x in xs]).sum(0)
 
 
-def _native(x: torch.Tensor, comm: Communicator) -> torch.Tensor:
-    return _all_reduce(x, comm.handle)
+def _native(x: torch.Tensor, comm: Communicator, in_place: bool) -> torch.Tensor:
+    if not in_place:
+        return _all_reduce(x, comm.handle)
+    _all_reduce_in_place(x, comm.handle)
+    return x
 
 
-def _torch(x: torch.Tensor, comm: Communicator) -> torch.Tensor:
-    return comm.torch_all_reduce(x.clone())
+def _torch(x: torch.Tensor, comm: Communicator, in_place: bool) -> torch.Tensor:
+    return comm.torch_all_reduce(x if in_place else x.clone())
 
 
+# Of both all_reduce and all_reduce_.
 OP = Op(
     "all_reduce",
     (
@@ -74,4 +83,30 @@ def all_reduce(x: torch.Tensor, comm: Communicator, backend: str = "auto") -> to
         >>> all_reduce(torch.ones(4), comm)      # on each of two ranks
         tensor([2., 2., 2., 2.])
     """
-    return OP.select(backend, comm, x)(x, comm)
+    return OP.select(backend, comm, x)(x, comm, False)
+
+
+def all_reduce_(x: torch.Tensor, comm: Communicator, backend: str = "auto") -> torch.Tensor:
+    """Sums ``x`` over the ranks of ``comm``, in place: the bits of :func:`all_reduce`.
+
+    Works on any tensor. On a GPU it is fastest on one from ``comm.empty(shape, dtype)``, which lies
+    in memory that the GPUs map of each other.
+
+    Args:
+        x: as for :func:`all_reduce`; overwritten with the sum.
+        comm: every rank must call.
+        backend: as for :func:`all_reduce`, whose backends it has.
+
+    Returns:
+        ``x`` itself.
+
+    Raises:
+        CommunicatorError, BackendUnavailable: as :func:`all_reduce`. What ``x`` holds after a
+            CommunicatorError is undefined.
+
+    Example:
+        >>> x = torch.ones(4)                    # on each of two ranks
+        >>> all_reduce_(x, comm) is x, x
+        (True, tensor([2., 2., 2., 2.]))
+    """
+    return OP.select(backend, comm, x)(x, comm, True)

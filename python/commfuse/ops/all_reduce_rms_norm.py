@@ -15,6 +15,7 @@ from commfuse.ops._registry import (
     define,
     torch_obstacle,
 )
+from commfuse.ops._triton import all_reduce_rms_norm_triton, triton_obstacle
 from commfuse.runtime.communicator import Communicator
 
 
@@ -56,6 +57,7 @@ OP = Op(
     (
         Backend("cpu", _native, cpu_obstacle),
         Backend("cuda", _native, cuda_obstacle),
+        Backend("triton", all_reduce_rms_norm_triton, triton_obstacle, automatic=False),
         Backend("torch", _torch, torch_obstacle),
     ),
 )
@@ -80,7 +82,7 @@ def all_reduce_rms_norm(
         weight: [hidden].
         eps: added to the mean square.
         comm: every rank must call.
-        backend: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"torch"``.
+        backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"torch"``.
 
     Returns:
         (y, residual'), both [rows, hidden], the same bits on every rank.

@@ -15,6 +15,7 @@ from commfuse.ops._registry import (
     define,
     torch_obstacle,
 )
+from commfuse.ops._triton import matmul_all_reduce_triton, triton_obstacle
 from commfuse.ops.matmul import PackedWeight, Weight, matmul
 from commfuse.ops.matmul import reference as matmul_reference
 from commfuse.runtime.communicator import Communicator
@@ -88,6 +89,7 @@ OP = Op(
     (
         Backend("cpu", _cpu, cpu_obstacle),
         Backend("cuda", _cuda, cuda_obstacle),
+        Backend("triton", matmul_all_reduce_triton, triton_obstacle, automatic=False),
         Backend("torch", _torch, torch_obstacle),
     ),
 )
@@ -119,7 +121,7 @@ def matmul_all_reduce(
         residual: [rows, n], equal on all ranks.
         norm_weight: [n].
         eps: of RMSNorm.
-        backend: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"torch"``.
+        backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"torch"``.
 
     Returns:
         [rows, n]; with ``norm_weight`` the pair (normalised, residual'), [rows, n] each.

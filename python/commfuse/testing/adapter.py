@@ -21,17 +21,19 @@ class Adapter:
         op: its name.
         packs_weight: whether the ``cpu`` backend takes a packed weight, made by :meth:`prepare`.
         exact: whether its results on inputs made with ``integers`` are exact.
+        scattered: whether every rank gets a part of its own of the results; see :meth:`share`.
     """
 
     op: ClassVar[str]
     packs_weight: ClassVar[bool] = False
     exact: ClassVar[bool] = False
+    scattered: ClassVar[bool] = False
 
-    def __init__(self, case: Case, dtype: torch.dtype, world_size: int):
-        self.case, self.dtype, self.world_size = case, dtype, world_size
+    def __init__(self, case: Case, dtype: torch.dtype, world_size: int, device: str = "cpu"):
+        self.case, self.dtype, self.world_size, self.device = case, dtype, world_size, device
 
     def inputs(self, *, seed: int = 0, integers: bool = False) -> list[Inputs]:
-        """The inputs of every rank, in rank order.
+        """The inputs of every rank, in rank order, on this adapter's device.
 
         Args:
             seed: of the random numbers.
@@ -40,14 +42,16 @@ class Adapter:
         """
         if integers and not self.exact:
             raise ValueError(f"{self.op} is not exact on integers")
-        generator = torch.Generator().manual_seed(seed)
+        source = {
+            "generator": torch.Generator(self.device).manual_seed(seed),
+            "device": self.device,
+        }
 
         def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
             if integers:
                 bound = max(1, 128 // self.world_size)
-                drawn = torch.randint(-bound, bound + 1, shape, generator=generator)
-                return drawn.to(self.dtype)
-            return (torch.randn(shape, generator=generator) * scale).to(self.dtype)
+                return torch.randint(-bound, bound + 1, shape, **source).to(self.dtype)
+            return torch.randn(shape, **source).mul_(scale).to(self.dtype)
 
         return self.make(random)
 
@@ -68,6 +72,12 @@ class Adapter:
     def reference(self, inputs: list[Inputs]) -> Outputs:
         """What all ranks should get, in float64."""
         raise NotImplementedError
+
+    def share(self, results: Outputs, rank: int) -> Outputs:
+        """What a rank should get of :meth:`reference` or :meth:`composition`: all, or its rows."""
+        if not self.scattered:
+            return results
+        return tuple(whole.tensor_split(self.world_size)[rank] for whole in results)
 
     def composition(self, inputs: list[Inputs]) -> Outputs:
         """The same by plain torch calls in the same dtype, the ranks' parts summed in order."""

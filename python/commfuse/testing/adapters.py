@@ -12,11 +12,13 @@ import torch.nn.functional as F
 from commfuse import ops
 from commfuse.errors import UsageError
 from commfuse.nn.sharding import Span, shard_vocabulary
+from commfuse.ops.all_gather import reference as all_gather_reference
 from commfuse.ops.all_reduce import reference as all_reduce_reference
 from commfuse.ops.all_reduce_rms_norm import reference as all_reduce_rms_norm_reference
 from commfuse.ops.attention import reference as attention_reference
 from commfuse.ops.matmul import reference as matmul_reference
 from commfuse.ops.matmul_all_reduce import reference as matmul_all_reduce_reference
+from commfuse.ops.reduce_scatter import reference as reduce_scatter_reference
 from commfuse.ops.verify_chain import reference as verify_chain_reference
 from commfuse.ops.vocab_parallel_argmax import reference as argmax_reference
 from commfuse.ops.vocab_parallel_embedding import reference as embedding_reference
@@ -28,7 +30,7 @@ EPS = 1e-5
 
 
 class AllReduce(Adapter):
-    """Inputs: x [m, n]."""
+    """Inputs: x [m, n]; with ``in_place`` it is overwritten, and grows from call to call."""
 
     op = "all_reduce"
     exact = True
@@ -36,8 +38,14 @@ class AllReduce(Adapter):
     def make(self, random):
         return [{"x": random(self.case["m"], self.case["n"])} for _ in range(self.world_size)]
 
+    def prepare(self, inputs, backend):
+        in_place = "in_place" in self.case.options
+        return {"x": inputs["x"].clone()} if in_place else inputs
+
     def call(self, inputs, comm, backend):
-        return (ops.all_reduce(inputs["x"], comm, backend),)
+        in_place = "in_place" in self.case.options
+        run = ops.all_reduce_ if in_place else ops.all_reduce
+        return (run(inputs["x"], comm, backend),)
 
     def reference(self, inputs):
         return (all_reduce_reference([rank["x"] for rank in inputs]),)
@@ -47,6 +55,51 @@ class AllReduce(Adapter):
 
     def message_bytes(self):
         return self.case["m"] * self.case["n"] * self.dtype.itemsize
+
+
+class ReduceScatter(Adapter):
+    """Inputs: x [W·m, n]."""
+
+    op = "reduce_scatter"
+    exact = True
+    scattered = True
+
+    def make(self, random):
+        rows = self.world_size * self.case["m"]
+        return [{"x": random(rows, self.case["n"])} for _ in range(self.world_size)]
+
+    def call(self, inputs, comm, backend):
+        return (ops.reduce_scatter(inputs["x"], comm, backend),)
+
+    def reference(self, inputs):
+        return (reduce_scatter_reference([rank["x"] for rank in inputs]),)
+
+    def composition(self, inputs):
+        return (self.sum_in_order([rank["x"] for rank in inputs]),)
+
+    def message_bytes(self):
+        return self.world_size * self.case["m"] * self.case["n"] * self.dtype.itemsize
+
+
+class AllGather(Adapter):
+    """Inputs: x [m, n]."""
+
+    op = "all_gather"
+    exact = True
+
+    def make(self, random):
+        return [{"x": random(self.case["m"], self.case["n"])} for _ in range(self.world_size)]
+
+    def call(self, inputs, comm, backend):
+        return (ops.all_gather(inputs["x"], comm, backend),)
+
+    def reference(self, inputs):
+        return (all_gather_reference([rank["x"] for rank in inputs]),)
+
+    def composition(self, inputs):
+        return (torch.cat([rank["x"] for rank in inputs]),)
+
+    message_bytes = AllReduce.message_bytes
 
 
 class AllReduceRMSNorm(Adapter):
@@ -377,6 +430,8 @@ ADAPTERS: dict[str, type[Adapter]] = {
     for adapter in (
         AllReduce,
         AllReduceRMSNorm,
+        ReduceScatter,
+        AllGather,
         Matmul,
         MatmulAllReduce,
         Attention,
@@ -388,8 +443,8 @@ ADAPTERS: dict[str, type[Adapter]] = {
 }
 
 
-def adapter_of(case: Case, dtype: torch.dtype, world_size: int) -> Adapter:
-    """The adapter that knows a case's op.
+def adapter_of(case: Case, dtype: torch.dtype, world_size: int, device: str = "cpu") -> Adapter:
+    """The adapter that knows a case's op; its inputs are made on ``device``.
 
     Raises:
         UsageError: there is none; the message lists those that there are.
@@ -401,4 +456,4 @@ def adapter_of(case: Case, dtype: torch.dtype, world_size: int) -> Adapter:
     """
     if case.op not in ADAPTERS:
         raise UsageError(f"unknown op {case.op!r}: use one of {', '.join(ADAPTERS)}")
-    return ADAPTERS[case.op](case, dtype, world_size)
+    return ADAPTERS[case.op](case, dtype, world_size, device)

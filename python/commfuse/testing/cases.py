@@ -22,7 +22,7 @@ class Case:
         op: its name.
         dimensions: (name, length) pairs.
         options: arguments that are given besides the required ones: ``bias``, ``residual``,
-            ``norm``, ``gate_up``.
+            ``norm``, ``gate_up``; or ``in_place``.
         kind: ``quick``: measured by default; ``more``: measured on request; ``edge``: only tested.
     """
 
@@ -80,6 +80,17 @@ CASES: tuple[Case, ...] = (
     *_cases("all_reduce", EDGE, *_mn((0, 64), (1, 1), (1, 15), (1, 17), (3, 5), (1, 2047))),
     # Above the four MiB that one call over shared memory carries.
     *_cases("all_reduce", EDGE, {"m": 3, "n": 1_400_001}),
+    *_cases("all_reduce", MORE, *_mn((1, 4096), (128, 4096), (2048, 4096)), options=("in_place",)),
+    *_cases("all_reduce", EDGE, *_mn((0, 64), (1, 1), (3, 5), (9, 8191)), options=("in_place",)),
+    # As many bytes of each rank's part.
+    *_cases("reduce_scatter", QUICK, *_mn((1, 4096), (8, 4096), (32, 4096), (128, 4096))),
+    *_cases("reduce_scatter", MORE, *_mn((1, 576), (16, 576), (512, 4096))),
+    *_cases("reduce_scatter", EDGE, *_mn((0, 64), (1, 1), (1, 15), (1, 17), (3, 5), (1, 8191))),
+    *_cases("reduce_scatter", EDGE, {"m": 1, "n": 1_050_001}),
+    *_cases("all_gather", QUICK, *_mn((1, 4096), (8, 4096), (32, 4096), (128, 4096))),
+    *_cases("all_gather", MORE, *_mn((1, 576), (16, 576), (512, 4096))),
+    *_cases("all_gather", EDGE, *_mn((0, 64), (1, 1), (1, 15), (1, 17), (3, 5), (1, 8191))),
+    *_cases("all_gather", EDGE, {"m": 3, "n": 700_001}),
     *_cases("all_reduce_rms_norm", QUICK, *_mn((1, 4096), (16, 4096)), options=("residual",)),
     *_cases(
         "all_reduce_rms_norm", MORE, *_mn((1, 576), (4, 576), (64, 4096)), options=("residual",)

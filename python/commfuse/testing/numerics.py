@@ -88,5 +88,5 @@ def digest(*tensors: torch.Tensor) -> str:
     hasher = hashlib.sha256()
     for tensor in tensors:
         hasher.update(f"{tensor.dtype}{list(tensor.shape)}".encode())
-        hasher.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        hasher.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return hasher.hexdigest()

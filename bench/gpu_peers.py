@@ -1,0 +1,165 @@
+"""What ops on GPUs are compared with: torch's GEMM and its all-reduces over symmetric memory, NCCL,
+and the parts of an op by themselves.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from commfuse import ops
+from commfuse.bench.peers import Peer, check_gemm, gemm_then_all_reduce
+from commfuse.ops.all_reduce import reference as all_reduce_reference
+from commfuse.runtime.communicator import SYMMETRIC_MEMORY, Communicator
+from commfuse.testing.adapter import Adapter, Inputs, Outputs
+from commfuse.testing.adapters import EPS
+from commfuse.testing.numerics import complaint
+
+
+def _symmetric_obstacle(comm: Communicator, dtype: torch.dtype) -> str | None:
+    if comm.transport != SYMMETRIC_MEMORY:
+        return (
+            f"needs symmetric memory between two ranks or more; the transport is {comm.transport}"
+        )
+    if dtype not in (torch.bfloat16, torch.float32):
+        return f"torch's symmetric-memory ops take bfloat16 and float32, not {dtype}"
+    return None
+
+
+def _ranks_obstacle(comm: Communicator, dtype: torch.dtype) -> str | None:
+    return None if comm.world_size > 1 else "needs two ranks or more"
+
+
+def _nccl_obstacle(comm: Communicator, dtype: torch.dtype) -> str | None:
+    if not dist.is_nccl_available():
+        return "this torch has no NCCL"
+    if comm.world_size > torch.cuda.device_count():
+        return "NCCL takes one rank on each GPU; here ranks share one"
+    return _ranks_obstacle(comm, dtype)
+
+
+def _in_torch_buffer(adapter: Adapter, inputs: Inputs, comm: Communicator) -> Inputs:
+    x = inputs["x"]
+    buffer = comm.torch_symmetric.buffer(x.numel(), x.dtype).zero_()
+    buffer[: x.numel()] = x.view(-1)
+    return {"buffer": buffer, "shape": x.shape}
+
+
+def _one_shot(inputs: Inputs, comm: Communicator) -> Outputs:
+    total = comm.torch_symmetric.one_shot(inputs["buffer"])
+    return (total[: inputs["shape"].numel()].view(inputs["shape"]),)
+
+
+def _two_shot(inputs: Inputs, comm: Communicator) -> Outputs:
+    total = comm.torch_symmetric.two_shot(inputs["buffer"])
+    return (total[: inputs["shape"].numel()].view(inputs["shape"]),)
+
+
+def _in_symmetric_memory(adapter: Adapter, inputs: Inputs, comm: Communicator) -> Inputs:
+    x = inputs["x"]
+    return {"x": comm.empty(x.shape, x.dtype).copy_(x)}
+
+
+def _in_place(inputs: Inputs, comm: Communicator) -> Outputs:
+    return (ops.all_reduce_(inputs["x"], comm, "cuda"),)
+
+
+def _copy(adapter: Adapter, inputs: Inputs, comm: Communicator) -> Inputs:
+    return {"x": inputs["x"].clone()}
+
+
+@functools.cache
+def _nccl_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    return dist.new_group(dist.get_process_group_ranks(group), backend="nccl")
+
+
+def _nccl(inputs: Inputs, comm: Communicator) -> Outputs:
+    dist.all_reduce(inputs["x"], group=_nccl_group(comm.group))
+    return (inputs["x"],)
+
+
+def _all_reduce(inputs: Inputs, comm: Communicator) -> Outputs:
+    return (ops.all_reduce(inputs["x"], comm, "cuda"),)
+
+
+def _tail(total: torch.Tensor, inputs: Inputs, norm_weight: torch.Tensor | None) -> Outputs:
+    """What follows a sum over ranks, by torch; changes ``total``."""
+    if inputs["residual"] is not None:
+        total += inputs["residual"]
+    if norm_weight is None:
+        return (total,)
+    return F.rms_norm(total, norm_weight.shape, norm_weight, EPS), total
+
+
+def _all_reduce_then_torch(inputs: Inputs, comm: Communicator) -> Outputs:
+    return _tail(ops.all_reduce(inputs["x"], comm, "cuda"), inputs, inputs["weight"])
+
+
+def _cublas(inputs: Inputs, comm: Communicator) -> Outputs:
+    return (F.linear(inputs["x"], inputs["w"]),)
+
+
+def _gemm(inputs: Inputs, comm: Communicator) -> Outputs:
+    return (ops.matmul(inputs["x"], inputs["w"], backend="cuda"),)
+
+
+def _gemm_then_all_reduce(inputs: Inputs, comm: Communicator) -> Outputs:
+    return gemm_then_all_reduce(inputs, comm, "cuda")
+
+
+def _cublas_into_buffer(inputs: Inputs, comm: Communicator) -> tuple[torch.Tensor, torch.Tensor]:
+    """torch's GEMM straight into shared memory: the whole buffer, and the product in it."""
+    x, w = inputs["x"], inputs["w"]
+    buffer = comm.torch_symmetric.buffer(len(x) * len(w), x.dtype)
+    product = buffer[: len(x) * len(w)].view(len(x), len(w))
+    torch.mm(x, w.t(), out=product)
+    return buffer, product
+
+
+def _cublas_then_one_shot(inputs: Inputs, comm: Communicator) -> Outputs:
+    buffer, product = _cublas_into_buffer(inputs, comm)
+    total = comm.torch_symmetric.one_shot(buffer)[: product.numel()].view(product.shape)
+    return _tail(total, inputs, inputs["norm_weight"])
+
+
+def _cublas_then_two_shot(inputs: Inputs, comm: Communicator) -> Outputs:
+    buffer, product = _cublas_into_buffer(inputs, comm)
+    comm.torch_symmetric.two_shot(buffer)
+    return _tail(product, inputs, inputs["norm_weight"])
+
+
+def _check_all_reduce(inputs: list[Inputs], rank: int, outputs: Outputs) -> str | None:
+    xs = [x["x"] for x in inputs]
+    return complaint(outputs[0], sum(xs[1:], start=xs[0]), all_reduce_reference(xs))
+
+
+def _peer(name: str, call, obstacle=_ranks_obstacle, **attributes) -> Peer:
+    return Peer(name, call, layout="cuda", beside="cuda", obstacle=obstacle, **attributes)
+
+
+def _torch_peer(name: str, call, **attributes) -> Peer:
+    return _peer(name, call, _symmetric_obstacle, baseline=True, **attributes)
+
+
+GPU_PEERS: dict[str, tuple[Peer, ...]] = {
+    "all_reduce": (
+        _torch_peer("torch_one_shot", _one_shot, prepare=_in_torch_buffer),
+        _torch_peer("torch_two_shot", _two_shot, prepare=_in_torch_buffer),
+        _peer("nccl", _nccl, _nccl_obstacle, prepare=_copy),
+        _peer("cuda_in_place", _in_place, prepare=_in_symmetric_memory),
+    ),
+    "all_reduce_rms_norm": (
+        _peer("all_reduce", _all_reduce, check=_check_all_reduce, partial=True),
+        _peer("all_reduce+torch", _all_reduce_then_torch, baseline=True),
+    ),
+    "matmul_all_reduce": (
+        _peer("cublas", _cublas, check=check_gemm, partial=True),
+        _peer("gemm", _gemm, check=check_gemm, partial=True),
+        _peer("gemm+all_reduce", _gemm_then_all_reduce),
+        _torch_peer("cublas+one_shot", _cublas_then_one_shot),
+        _torch_peer("cublas+two_shot", _cublas_then_two_shot),
+    ),
+}

@@ -1,0 +1,122 @@
+"""On GPUs, 2, 3, 4 and 8 ranks: results, graphs, late ranks, and failures that are named.
+
+Without a GPU these fail; `make test` leaves them out, `make gpu-test` runs them.
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from commfuse.testing import run_ranks
+
+pytestmark = pytest.mark.gpu
+WORKER = str(Path(__file__).parents[1] / "workers" / "gpu.py")
+WORLD_SIZES = (2, 3, 4, 8)
+RESULTS = {
+    "corridor": "shared cases err at most twice as much as torch",
+    "sums": "all_reduce is exact and in rank order, at any address and in place",
+    "norms": "all_reduce_rms_norm sums in rank order",
+    "scattered_and_gathered": "reduce_scatter and all_gather",
+    "uneven": "matmul_all_reduce with uneven parts of K",
+    "batches": "a row's bits do not depend on its batch",
+    "replays": "8192 graph replays give the eager bits",
+    "stragglers": "late ranks harm nothing",
+    "control": "the checks of late ranks find an exchange without signals",
+}
+
+
+def named(checks: dict[str, str]) -> list:
+    return [pytest.param(name, id=text) for name, text in checks.items()]
+
+
+@pytest.fixture(scope="module", params=WORLD_SIZES)
+def results(request, lab):
+    # Every rank compiles Triton's kernels for itself, a second or more for each dtype.
+    dtypes = ["bfloat16", "float16", "float32"] if request.param == 2 else ["bfloat16"]
+    return run_ranks(f"{WORKER}:results", request.param, (dtypes,), timeout=150, lab=lab)
+
+
+@pytest.mark.parametrize("check", named(RESULTS))
+def test_results(results, check):
+    assert [rank[check] for rank in results] == [[]] * len(results)
+
+
+@pytest.fixture(scope="module")
+def registration(lab):
+    return run_ranks(f"{WORKER}:registration", 2, timeout=150, lab=lab)
+
+
+@pytest.mark.parametrize(
+    "check", named({"opcheck": "opcheck", "compiled": "torch.compile of a block"})
+)
+def test_registration(registration, check):
+    assert [rank[check] for rank in registration] == [[], []]
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def failures(request, lab):
+    return run_ranks(f"{WORKER}:failures", request.param, timeout=120, lab=lab)
+
+
+def final(rank: dict) -> bool:
+    """Whether every later call raised the first error again."""
+    return all(rank[later][:2] == rank["first"][:2] for later in ("second", "check"))
+
+
+@pytest.mark.parametrize(
+    ("case", "common", "other"),
+    [
+        ("shapes", "all_reduce float32[2, 4]", "all_reduce float32[4, 2]"),
+        ("sizes", "all_reduce float32[2, 4]", "all_reduce float32[0, 4]"),
+        ("dtypes", "all_reduce float32[2, 4]", "all_reduce float16[2, 4]"),
+        ("ops", "all_reduce_rms_norm bfloat16[2, 8]", "matmul_all_reduce bfloat16[2, 8]"),
+        (
+            "options",
+            "matmul_all_reduce bfloat16[2, 8]",
+            "matmul_all_reduce bfloat16[2, 8] (variant",
+        ),
+        ("large", "all_reduce float32[3000000]", "all_reduce float32[5]"),
+    ],
+)
+def test_calls_that_differ_are_both_named_on_every_rank(failures, case, common, other):
+    last = len(failures) - 1
+    for rank in failures:
+        kind, text, seconds = rank[case]["first"]
+        assert kind == "PeerMismatch", text
+        assert f"rank {last} called {other}" in text
+        assert re.search(rf"rank [0-{last - 1}] called {re.escape(common)}", text)
+        assert seconds < 5  # a disagreement is no matter of waiting
+        assert final(rank[case])
+
+
+def test_a_rank_that_leaves_a_call_out_is_named_after_the_deadline(failures):
+    last = len(failures) - 1
+    for index, rank in enumerate(failures):
+        kind, text, seconds = rank["absent"]["first"]
+        assert kind == "PeerTimeout", text
+        assert re.search(rf"rank [0-{last - 1}] waited 2 s for rank {last} ", text)
+        assert "all_reduce bfloat16[2, 8]" in text
+        assert seconds < 8 and (index == last or seconds >= 2)
+        assert final(rank["absent"])
+
+
+@pytest.mark.parametrize("after", ["mismatches", "time-out"])
+def test_the_context_and_new_communicators_work_afterwards(failures, after):
+    assert all(rank[f"alive after {after}"] for rank in failures)
+
+
+def test_a_second_stream_is_refused_and_harms_nothing(failures):
+    for rank in failures:
+        kind, text, _ = rank["second stream"]["error"]
+        assert kind == "ConcurrentUse", text
+        assert "stream" in text
+        assert rank["second stream"]["first"] == rank["second stream"]["after"]
+        assert rank["second stream"]["after"] == [len(failures)] * 2
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_a_million_small_all_reduces(lab, world_size):
+    args = (1_000_000,)
+    assert run_ranks(f"{WORKER}:soak", world_size, args, timeout=240, lab=lab) == [[]] * world_size

@@ -1,0 +1,161 @@
+"""all_reduce_rms_norm and matmul_all_reduce: ranks as processes, in Triton's interpreter."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from commfuse.errors import BackendUnavailable, UsageError
+from commfuse.testing import run_ranks
+from commfuse.triton_kernels.all_reduce_rms_norm import all_reduce_rms_norm
+from commfuse.triton_kernels.matmul_all_reduce import (
+    compile_constants,
+    matmul_all_reduce,
+    tile_columns,
+)
+from commfuse.triton_kernels.workspace import Layout, Workspace
+
+WORKER = str(Path(__file__).with_name("worker.py"))
+INTERPRETER = {"TRITON_INTERPRET": "1"}
+OPS = ["all_reduce_rms_norm", "matmul_all_reduce"]
+
+
+def run(function: str, world_size: int, *args):
+    return run_ranks(f"{WORKER}:{function}", world_size, args=args, timeout=120, env=INTERPRETER)
+
+
+@pytest.mark.parametrize("op", OPS)
+class TestEveryOp:
+    @pytest.mark.parametrize("world_size", [2, 3])
+    def test_results_are_accurate_and_equal_on_all_ranks(self, op, world_size):
+        ranks = run("fused_correctness", world_size, op, world_size > 2)
+        for cases in zip(*ranks, strict=True):
+            names, complaints, bits = zip(*cases, strict=True)
+            assert not any(complaints), (names[0], complaints)
+            assert len(set(bits)) == 1, names[0]
+
+    def test_a_row_does_not_depend_on_its_batch(self, op):
+        assert run("batches", 2, op) == [[], []]
+
+    @pytest.mark.parametrize(("world_size", "calls"), [(2, 20), (3, 10)])
+    def test_stragglers_at_every_step(self, op, world_size, calls):
+        assert run("stragglers", world_size, op, calls) == [0] * world_size
+
+    def test_a_broken_protocol_is_caught(self, op):
+        ranks = run("controls", 2, op)
+        assert [rank["sound"] for rank in ranks] == [0, 0]
+        for case in ("one half", "skipped wait"):
+            assert sum(rank[case] for rank in ranks) > 0, case
+
+    def test_failures(self, op):
+        first, second = run("failures", 2, op)
+        assert first["sound"] == second["sound"] == ("none", "", 0.0)
+
+        kind, text, seconds = first["absent peer"]
+        assert kind == "PeerTimeout", text
+        for part in ("rank 0", "rank 1", f"{op} float32[1, 3]", "call 2", "generation 2, seen 1"):
+            assert part in text
+        assert seconds < 20
+        for rank in (first, second):
+            for case, error, parts in (
+                ("after the failure", "PeerTimeout", ["rank 0 waited in vain for rank 1"]),
+                ("shapes", "PeerMismatch", [f"{op} float32[1, 3]", "float32["]),
+                ("dtypes", "PeerMismatch", ["float32[1, 3]", "bfloat16[1, 3]"]),
+                ("options", "PeerMismatch", ["[1, 3] with residual while", "[1, 3] (call"]),
+            ):
+                kind, text, seconds = rank[case]
+                assert kind == error, (case, text)
+                assert seconds < 10
+                if case == "options" and "rank 1 called" in text.split(" while ")[0]:
+                    parts = ["[1, 3] while", "[1, 3] with residual (call"]
+                assert all(part in text for part in parts), text
+        kind, text, seconds = first["host abort"]
+        assert kind == "CommunicatorError" and "rank 1" in text
+        assert seconds < 20
+
+
+def test_blocks_meet_before_they_normalise():
+    for rank in run("meeting", 2):
+        assert rank["sound"] == [[], []]
+        assert any(any("norm" in problem for problem in call) for call in rank["skipped"])
+
+
+# ---- in this process ---------------------------------------------------------------------------
+
+
+def local_workspace() -> Workspace:
+    return Workspace.create(0, [torch.zeros(1 << 20, dtype=torch.uint8)])
+
+
+def norm(rows=2, columns=3, **changed):
+    arguments = {
+        "x": torch.ones(rows, columns),
+        "residual": torch.ones(rows, columns),
+        "weight": torch.ones(columns),
+        "eps": 1e-5,
+        "summed": torch.ones(rows, columns),
+        "normalised": torch.ones(rows, columns),
+        "workspace": local_workspace(),
+    }
+    all_reduce_rms_norm(**(arguments | changed))
+
+
+def matmul(rows=2, columns=3, k=4, **changed):
+    arguments = {
+        "x": torch.ones(rows, k),
+        "w": torch.ones(columns, k),
+        "summed": torch.ones(rows, columns),
+        "workspace": local_workspace(),
+    }
+    matmul_all_reduce(**(arguments | changed))
+
+
+@pytest.mark.parametrize(
+    ("call", "changed", "message"),
+    [
+        (norm, {"x": torch.ones(2, 3, dtype=torch.float64)}, "dtype"),
+        (norm, {"x": torch.ones(3)}, "must be .rows, columns."),
+        (norm, {"x": torch.ones(3, 2).t()}, "x must be contiguous"),
+        (norm, {"residual": torch.ones(2, 4)}, r"residual is torch.float32\[2, 4\]"),
+        (norm, {"residual": torch.ones(3, 2).t()}, "residual must be contiguous"),
+        (norm, {"weight": torch.ones(3, dtype=torch.float16)}, "weight is"),
+        (norm, {"summed": torch.ones(2, 2)}, "summed is"),
+        (norm, {"normalised": torch.ones(2, 3, device="meta")}, "normalised is"),
+        (matmul, {"w": torch.ones(3, 5)}, r"w is .* it must be torch.float32\[3, 4\]"),
+        (matmul, {"w": torch.ones(3)}, "they have the shapes"),
+        (matmul, {"w": torch.ones(4, 3).t()}, "w must be contiguous"),
+        (matmul, {"bias": torch.ones(4)}, "bias is"),
+        (matmul, {"residual": torch.ones(3, 3)}, "residual is"),
+        (matmul, {"norm_weight": torch.ones(3)}, "given together"),
+        (matmul, {"normalised": torch.ones(2, 3)}, "given together"),
+    ],
+)
+def test_tensors_that_do_not_fit(call, changed, message):
+    with pytest.raises(UsageError, match=message):
+        call(**changed)
+
+
+@pytest.mark.parametrize("call", [norm, matmul])
+def test_cpu_without_the_interpreter_says_why(call):
+    with pytest.raises(BackendUnavailable, match="TRITON_INTERPRET=1"):
+        call()
+
+
+def test_tiles_share_the_work_out():
+    assert tile_columns(8192, 128) == 64  # one for each block
+    assert tile_columns(4096, 128) == 32
+    assert tile_columns(5120, 64) == 32  # 80 tiles of 64 would take two rounds
+    assert tile_columns(1, 128) == 16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("columns", [1, 16, 2048, 4096, 5120, 8192, 16384])
+@pytest.mark.parametrize("max_blocks", [16, 32, 64, 128])
+def test_only_padding_and_stages_depend_on_the_rows(dtype, columns, max_blocks):
+    layout = Layout(2, 1 << 20, max_blocks)
+    of_rows = [compile_constants(rows, columns, dtype, layout) for rows in range(65)]
+    for constants in of_rows:
+        padded, stages = constants.pop("PADDED_ROWS"), constants.pop("STAGES")
+        stage = (constants["TILE"] + padded) * constants["STEP"] * dtype.itemsize
+        assert stages >= 3 and stages * stage <= 96 * 1024
+        assert constants == of_rows[0]

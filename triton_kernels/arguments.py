@@ -1,0 +1,74 @@
+"""What every launcher checks before it starts a kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+
+from commfuse.errors import BackendUnavailable, UsageError
+
+from .workspace import DTYPES, SLOT_ALIGNMENT, Layout, Workspace, round_up
+
+
+def check_input(op: str, x: torch.Tensor, workspace: Workspace) -> None:
+    """That ``x`` can be exchanged through ``workspace``: dtype, memory, device.
+
+    Raises:
+        UsageError: otherwise.
+    """
+    if x.dtype not in DTYPES:
+        raise UsageError(f"{op}: dtype {x.dtype} is not one of {', '.join(map(str, DTYPES))}")
+    if not x.is_contiguous():
+        raise UsageError(f"{op}: x must be contiguous")
+    if x.device != workspace.addresses.device:
+        raise UsageError(f"{op}: x is on {x.device}, the workspace on {workspace.addresses.device}")
+
+
+def check_like(
+    op: str, name: str, tensor: torch.Tensor | None, x: torch.Tensor, shape: Sequence[int]
+) -> None:
+    """That ``tensor`` has this shape, the dtype and device of ``x``, and is contiguous, or None.
+
+    Raises:
+        UsageError: otherwise; the message says what it is and what it should be.
+    """
+    if tensor is None:
+        return
+    if (tuple(tensor.shape), tensor.dtype, tensor.device) != (tuple(shape), x.dtype, x.device):
+        raise UsageError(
+            f"{op}: {name} is {tensor.dtype}{list(tensor.shape)} on {tensor.device}; with this x "
+            f"it must be {x.dtype}{list(shape)} on {x.device}"
+        )
+    if not tensor.is_contiguous():
+        raise UsageError(f"{op}: {name} must be contiguous")
+
+
+def check_fits_slot(op: str, what: str, nbytes: int, layout: Layout) -> None:
+    """That a slot can hold ``what``, ``nbytes`` bytes.
+
+    Raises:
+        BackendUnavailable: it cannot; the message says which workspace would do.
+    """
+    if nbytes <= layout.slot_bytes:
+        return
+    slot = round_up(nbytes, SLOT_ALIGNMENT)
+    needed = Layout(layout.world_size, slot, layout.max_blocks).nbytes
+    raise BackendUnavailable(
+        f"{op}: {what} has {nbytes} bytes, a slot of the workspace {layout.slot_bytes}; make the "
+        f"communicator with Communicator(workspace_bytes={needed}) or more"
+    )
+
+
+def check_device(kernel, x: torch.Tensor) -> None:
+    """That ``kernel`` runs where ``x`` is.
+
+    Raises:
+        BackendUnavailable: CPU tensors, and Triton's interpreter is off.
+    """
+    if x.device.type == "cpu" and isinstance(kernel, triton.JITFunction):
+        raise BackendUnavailable(
+            "the triton backend serves CPU tensors only in Triton's interpreter: set "
+            "TRITON_INTERPRET=1 in the environment before the program starts"
+        )
