@@ -1,8 +1,8 @@
 // The signalling protocol on a GPU: one block's part in one call. The rules (R1...) are those of
-// docs/protocol.md. A kernel goes
+// docs/protocol.md. A kernel that exchanges payload in slots goes
 //
 //   Exchange exchange(workspace, blockIdx.x, gridDim.x);
-//   if (!exchange.begin()) return;
+//   if (!exchange.begin_block()) return;
 //   if (blockIdx.x == 0) exchange.announce(announcement);
 //   ...store payload into exchange.slot(peer, phase, rank) of every peer...
 //   exchange.publish(phase, tag);
@@ -10,7 +10,9 @@
 //   ...read exchange.slot(rank, phase, source) of every source...
 //   exchange.finish();
 //
-// All threads of the block call every function together, unless it says otherwise.
+// all threads of the block calling every function together. One that exchanges flag-in-data lines
+// (lines.cuh) begins alike; there every thread takes what it needs by itself, and only block 0 has
+// a word: announce_with_word() and await_words().
 #pragma once
 
 #include "gpu/workspace.h"
@@ -32,6 +34,9 @@ __device__ __forceinline__ uint32_t load_relaxed(const uint32_t* p) {
   asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
   return value;
 }
+__device__ __forceinline__ void store_relaxed(uint64_t* p, uint64_t value) {
+  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(p), "l"(value) : "memory");
+}
 __device__ __forceinline__ void store_release(uint64_t* p, uint64_t value) {
   asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(p), "l"(value) : "memory");
 }
@@ -44,6 +49,16 @@ __device__ __forceinline__ uint64_t now_ns() {
   return time;
 }
 
+// R3: a kernel may be launched before its predecessor in the stream has ended; what it does before
+// this must not touch memory that another kernel writes. The successor may be launched from here
+// on.
+__device__ __forceinline__ void wait_for_predecessor() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 enum class Wait : uint32_t { done, timed_out, aborted };
 
 class Exchange {
@@ -51,20 +66,23 @@ class Exchange {
   __device__ Exchange(const Workspace& workspace, int block, int grid)
       : w_(workspace), own_(workspace.base[workspace.rank]), block_(block), grid_(grid) {}
 
-  // False where the communicator has failed: the block must leave and touch no remote memory.
+  // One thread. False where the communicator has failed: nothing may be stored remotely.
   __device__ bool begin() {
     // Two independent loads by every thread: they are on the way together with the first loads of
     // whatever the kernel reads, and no thread has to hand the values on.
     generation_ = reinterpret_cast<const uint64_t*>(own_ + kGenerations)[block_] + 1;
-    const bool dead = load_relaxed(reinterpret_cast<const uint64_t*>(own_ + kAbort)) != 0;
-    // Threads must not disagree about an abort word that is being set.
-    return !__syncthreads_or(dead);
+    return load_relaxed(reinterpret_cast<const uint64_t*>(own_ + kAbort)) == 0;
   }
+  // The block, which must leave together: threads may not disagree about an abort word that is
+  // being set.
+  __device__ bool begin_block() { return !__syncthreads_or(!begin()); }
 
   __device__ uint64_t generation() const { return generation_; }
   __device__ int parity() const { return static_cast<int>(generation_ & 1); }
   __device__ int rank() const { return w_.rank; }
   __device__ int world() const { return w_.world; }
+  __device__ int block() const { return block_; }
+  __device__ int grid() const { return grid_; }
 
   // Where `source` puts its payload on rank `owner`.
   __device__ char* slot(int owner, int phase, int source) const {
@@ -78,15 +96,29 @@ class Exchange {
   // R12: never 0, and different in calls that use the same half.
   __device__ uint32_t flag() const { return 1 + static_cast<uint32_t>(generation_ % 0xffffffffu); }
 
-  // Block 0, before it publishes: tells every peer what this rank called. By its first warp.
+  // This rank's [row][tile] sums of squares.
+  __device__ float* squares() const { return reinterpret_cast<float*>(own_ + kSquareSums); }
+
+  // Block 0, by its first warp: tells every peer what this rank called. R15: the units carry flags,
+  // since no word need publish them.
   __device__ void announce(const Announcement& announcement) const {
     if (threadIdx.x >= 32) return;
-    constexpr int kUnits = sizeof(Descriptor) / 8;
-    const uint64_t* from = reinterpret_cast<const uint64_t*>(&announcement.descriptor);
+    const uint32_t* content = reinterpret_cast<const uint32_t*>(&announcement.descriptor);
     for (int i = threadIdx.x; i < w_.world * kUnits; i += 32) {
-      reinterpret_cast<uint64_t*>(descriptor(i / kUnits, parity(), w_.rank))[i % kUnits] =
-          from[i % kUnits];
+      store_relaxed(descriptor(i / kUnits, parity(), w_.rank) + i % kUnits,
+                    static_cast<uint64_t>(flag()) << 32 | content[i % kUnits]);
     }
+  }
+  // Of a call by lines, whose data need no word.
+  __device__ void announce_with_word(const Announcement& announcement) const {
+    announce(announcement);
+    if (threadIdx.x < w_.world) {
+      store_relaxed(word(threadIdx.x, 0, parity(), w_.rank), generation_ << 16 | announcement.tag);
+    }
+  }
+  // Block 0, by its first warp: nobody may be two calls ahead (R7), and all must call the same.
+  __device__ bool await_words(uint16_t tag) const {
+    return threadIdx.x >= w_.world || await_source(threadIdx.x, 0, tag);
   }
 
   // Tells every rank that this block's payload of the phase is stored.
@@ -94,10 +126,6 @@ class Exchange {
     // R5: the barrier orders all threads' stores before the release, which then publishes them. One
     // thread for each peer: a loop would add their latencies up.
     __syncthreads();
-    publish_from_warp(phase, tag);
-  }
-  // The same for what threads of the first warp have stored, by that warp alone.
-  __device__ void publish_from_warp(int phase, uint16_t tag) const {
     if (threadIdx.x < w_.world) {
       store_release(word(threadIdx.x, phase, parity(), w_.rank), generation_ << 16 | tag);
     }
@@ -125,9 +153,7 @@ class Exchange {
       if (block_ != 0 || seen == (generation_ << 16 | tag)) return true;
       fail(Failure::mismatch, source, phase, seen);
     } else if (outcome == Wait::timed_out) {
-      // The last that the peer has sent may be in the words of the other half.
-      const uint64_t before = load_acquire(word(w_.rank, phase, parity() ^ 1, source));
-      fail(Failure::timeout, source, phase, seen > before ? seen : before);
+      time_out(source, phase, block_);
     }
     return false;
   }
@@ -135,25 +161,34 @@ class Exchange {
   // One thread: polls `there()` until it is true. On anything but done, report with fail() (a
   // time-out) or just leave (aborted: somebody has reported already).
   template <class There>
-  __device__ Wait poll(There there) const {
-    for (int i = 0; i < kFastPolls; ++i) {
-      if (there()) return Wait::done;
-    }
-    const uint64_t begin = now_ns();
-    for (;;) {
+  __device__ __forceinline__ Wait poll(There there) const {
+    uint64_t begin = 0;
+    for (int i = 0;; ++i) {
+      const bool slow = i >= kFastPolls;
+      if (i == kFastPolls) begin = now_ns();
       // Before the poll: a rank that was stopped past its deadline still takes what has come.
-      const bool late = now_ns() - begin > w_.timeout_ns;
+      const bool late = slow && now_ns() - begin > w_.timeout_ns;
       if (there()) return Wait::done;
+      if (!slow) continue;
       if (load_relaxed(reinterpret_cast<const uint64_t*>(own_ + kAbort)) != 0 ||
           load_relaxed(w_.host_failed) != 0) {
         return Wait::aborted;
       }
       if (late) return Wait::timed_out;
+      i = kFastPolls;
     }
   }
 
+  // One thread: `source` has not sent in time.
+  __device__ void time_out(int source, int phase, int block) const {
+    // The last that the peer has sent may be in the words of the other half.
+    const uint64_t seen = load_acquire(word_of(w_.rank, phase, parity(), block, source));
+    const uint64_t before = load_acquire(word_of(w_.rank, phase, parity() ^ 1, block, source));
+    fail(Failure::timeout, source, phase, seen > before ? seen : before);
+  }
+
   // One thread: reports a failure, unless this rank has one, and ends the call on all ranks.
-  __device__ void fail(Failure kind, int peer, int phase, uint64_t seen) const {
+  __device__ __noinline__ void fail(Failure kind, int peer, int phase, uint64_t seen) const {
     auto* claim = reinterpret_cast<unsigned long long*>(own_ + kClaim);
     if (atomicCAS(claim, 0ull, 1ull) != 0) return;
     FailureDetails& details = w_.report->details;
@@ -164,34 +199,76 @@ class Exchange {
     details.block = block_;
     details.generation = generation_;
     details.seen = seen;
-    details.mine = *descriptor(w_.rank, parity(), w_.rank);
-    details.theirs = *descriptor(w_.rank, parity(), peer);
+    read_descriptor(w_.rank, &details.mine, kind == Failure::mismatch);
+    read_descriptor(peer, &details.theirs, kind == Failure::mismatch);
     store_release(&w_.report->state, 1);  // publishes the report to the hosts of all ranks
     for (int r = 0; r < w_.world; ++r) {
       store_release(reinterpret_cast<uint64_t*>(w_.base[r] + kAbort), 1 + w_.rank);
     }
   }
 
-  // Counts the call, for this block and for those that only a larger grid would have. After the
-  // block's last await.
-  __device__ void finish() const {
+  // A barrier among this rank's blocks, at most one a call; `synchronise` is the barrier of those
+  // threads of a block that take part, thread 0 among them. False: a failure.
+  template <class Synchronise>
+  __device__ bool meet(Synchronise synchronise, bool* met) const {
+    synchronise();
+    if (threadIdx.x == 0) {
+      auto* arrivals = reinterpret_cast<uint32_t*>(own_ + kArrivals);
+      auto* released = reinterpret_cast<uint64_t*>(own_ + kReleased);
+      uint32_t before;
+      asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;"
+                   : "=r"(before)
+                   : "l"(arrivals)
+                   : "memory");
+      *met = true;
+      if (before == static_cast<uint32_t>(grid_) - 1) {
+        *arrivals = 0;  // for the next call
+        store_release(released, generation_);
+      } else {
+        *met = poll([&] { return load_acquire(released) == generation_; }) == Wait::done;
+      }
+    }
+    synchronise();
+    return *met;
+  }
+
+  // Counts the call, for this block and for those that only a larger grid would have. By the first
+  // `threads` threads, after a barrier behind every thread's begin().
+  __device__ void finish(int threads) const {
     auto* generations = reinterpret_cast<uint64_t*>(own_ + kGenerations);
     for (int b = block_ + static_cast<int>(threadIdx.x) * grid_; b < kMaxGrid;
-         b += static_cast<int>(blockDim.x) * grid_) {
+         b += threads * grid_) {
       generations[b] = generation_;
     }
   }
+  __device__ void finish() const { finish(static_cast<int>(blockDim.x)); }
 
  private:
   static constexpr int kFastPolls = 1000;
+  static constexpr int kUnits = sizeof(Descriptor) / 4;
 
-  __device__ Descriptor* descriptor(int owner, int parity, int source) const {
-    return reinterpret_cast<Descriptor*>(w_.base[owner] + kDescriptors) + parity * kMaxRanks +
-           source;
+  __device__ uint64_t* descriptor(int owner, int parity, int source) const {
+    return reinterpret_cast<uint64_t*>(w_.base[owner] + kDescriptors +
+                                       (parity * kMaxRanks + source) * kDescriptorBytes);
+  }
+  __device__ uint64_t* word_of(int owner, int phase, int parity, int block, int source) const {
+    const int64_t row = (parity * kPhases + phase) * int64_t{kMaxGrid} + block;
+    return reinterpret_cast<uint64_t*>(w_.base[owner] + kWords) + row * kMaxRanks + source;
   }
   __device__ uint64_t* word(int owner, int phase, int parity, int source) const {
-    const int64_t row = (parity * kPhases + phase) * int64_t{kMaxGrid} + block_;
-    return reinterpret_cast<uint64_t*>(w_.base[owner] + kWords) + row * kMaxRanks + source;
+    return word_of(owner, phase, parity, block_, source);
+  }
+  __device__ void read_descriptor(int source, Descriptor* to, bool whole) const {
+    const uint64_t* units = descriptor(w_.rank, parity(), source);
+    uint32_t* content = reinterpret_cast<uint32_t*>(to);
+    for (int i = 0; i < kUnits; ++i) {
+      uint64_t unit = 0;
+      poll([&] {
+        unit = load_relaxed(units + i);
+        return !whole || unit >> 32 == flag();
+      });
+      content[i] = static_cast<uint32_t>(unit);
+    }
   }
 
   const Workspace& w_;

@@ -4,9 +4,12 @@
 //
 //   abort word    0 while alive, afterwards 1 + the rank that reported a failure
 //   claim         0, or 1 once this rank has a failure of its own
+//   arrivals      blocks of this rank that have come to a barrier among themselves
+//   released      the call whose barrier all of them have passed
 //   generations   [block] calls that the block has completed
-//   descriptors   [parity][source] what each source called
+//   descriptors   [parity][source] what each source called, in flagged units
 //   words         [parity][phase][block][source] generation << 16 | tag
+//   squares       [row][tile] sums of squares that a rank's blocks exchange among themselves
 //   lines         [parity][source] flag-in-data: 8-byte units of 4 bytes of data and 4 of flag
 //   slots         [parity][phase][source] payload
 #pragma once
@@ -20,16 +23,21 @@ namespace commfuse::gpu {
 
 constexpr int kMaxRanks = 8;   // GPUs that can map each other's memory: those of one host
 constexpr int kMaxGrid = 256;  // blocks that wait must all run at once
-// Flag-in-data doubles the bytes, so it is for messages that cost latency rather than bandwidth.
-constexpr int64_t kLineMessage = 128 * 1024;
-constexpr int64_t kLineBytes = 2 * kLineMessage;
+// Lines of one source: flag-in-data doubles the bytes, so it is for messages that cost latency
+// rather than bandwidth.
+constexpr int64_t kLineBytes = 4 << 20;
+constexpr int64_t kSquares = 64 * 1024;  // floats
 
 constexpr int64_t kAbort = 0;
 constexpr int64_t kClaim = 128;
-constexpr int64_t kGenerations = 256;
+constexpr int64_t kArrivals = 256;
+constexpr int64_t kReleased = 384;
+constexpr int64_t kGenerations = 512;
 constexpr int64_t kDescriptors = kGenerations + kMaxGrid * 8;
-constexpr int64_t kWords = kDescriptors + 2 * kMaxRanks * int64_t{sizeof(Descriptor)};
-constexpr int64_t kLines = kWords + int64_t{2} * kPhases * kMaxGrid * kMaxRanks * 8;
+constexpr int64_t kDescriptorBytes = 2 * sizeof(Descriptor);
+constexpr int64_t kWords = kDescriptors + 2 * kMaxRanks * kDescriptorBytes;
+constexpr int64_t kSquareSums = kWords + int64_t{2} * kPhases * kMaxGrid * kMaxRanks * 8;
+constexpr int64_t kLines = kSquareSums + kSquares * 4;
 static_assert(kDescriptors % 128 == 0 && kWords % 128 == 0 && kLines % 128 == 0);
 
 constexpr int64_t slots_offset(int world) {
@@ -55,6 +63,8 @@ struct Workspace {
 struct Announcement {
   Descriptor descriptor;
   uint16_t tag;
+
+  explicit Announcement(const Descriptor& d) : descriptor(d), tag(d.tag()) {}
 };
 
 }  // namespace commfuse::gpu

@@ -12,15 +12,19 @@
 // to a part of a tile, and end together. A block finishes its whole tiles one after the other and
 // hands each to an epilogue while the ring goes on filling with the next tile's weights.
 //
-// An epilogue is a trivially copyable functor:
+// An epilogue is a trivially copyable functor, called by all kComputeThreads threads of the block
+// together:
 //
-//   __device__ void tile(const float* tile, int first_column, int thread) const;
+//   struct State;
+//   __device__ State begin() const;
+//       Before anything else, when the previous kernel has ended.
+//   __device__ void tile(const float* tile, int first_column, State& state) const;
 //       One finished tile, float32, in shared memory: tile[row * kTilePitch + column] for
-//       row < M, column < 64, of output columns first_column + column (those >= N are zeros).
-//       Called by all kComputeThreads threads of the block together; all have passed a barrier
-//       since the tile was written, and the kernel puts another behind the call.
-//   __device__ void finish(int thread) const;
-//       After the block's last tile, by the same threads.
+//       row < M, column < 64, of output columns first_column + column (those >= N are zeros). All
+//       threads have passed a barrier since the tile was written, and the kernel puts another
+//       behind the call.
+//   __device__ void finish(float* scratch, State& state) const;
+//       After the block's last tile; scratch is the memory of a tile.
 //
 // Threads of an epilogue synchronise with compute_barrier(), never with __syncthreads(): the
 // thread that issues the copies does not take part.
@@ -33,9 +37,11 @@
 
 #include <type_traits>
 
+#include "gpu/numbers.cuh"
+#include "gpu/protocol.cuh"
 #include "matmul/matmul_gpu.h"
 
-namespace commfuse {
+namespace commfuse::gpu {
 
 constexpr int kTileColumns = 64;
 constexpr int kChunk = 128;  // k of a stage of the ring; parts of tiles are cut here
@@ -50,6 +56,8 @@ struct MatmulShape {
   int m, n, k;
   MatmulPlan plan;
   int stages;
+  bool aligned;        // rows of x and w, to 16 bytes
+  bool weights_early;  // they need not wait for the previous kernel
   float4* partials;    // [rest][splits][kRows / 8][kComputeThreads]
   uint32_t* counters;  // [rest] parts that have been written
 };
@@ -71,17 +79,6 @@ __device__ __forceinline__ uint32_t add_acquire_release(uint32_t* p, uint32_t va
                : "l"(p), "r"(value)
                : "memory");
   return old;
-}
-
-template <class T>
-__device__ __forceinline__ uint32_t pack_pair(float low, float high) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(pair);
-  } else {
-    const __half2 pair = __floats2half2_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(pair);
-  }
 }
 
 // ------------------------------------------------------------------------------ the order of work
@@ -117,7 +114,8 @@ __device__ __forceinline__ bool segment_at(const MatmulPlan& plan, int block, in
 template <int kRows, class Epilogue>
 __device__ __forceinline__ void finish_segment(float (&acc)[kRows / 8][4], const Segment& segment,
                                                const MatmulShape& shape, float* tile,
-                                               uint32_t* flag, const Epilogue& epilogue) {
+                                               uint32_t* flag, const Epilogue& epilogue,
+                                               typename Epilogue::State& state) {
   const int thread = threadIdx.x;
   if (segment.part >= 0) {
     // Every part writes its sums; whoever comes last adds all of them in the order of k. The
@@ -166,38 +164,32 @@ __device__ __forceinline__ void finish_segment(float (&acc)[kRows / 8][4], const
     to[kTilePitch + 8] = acc[j][3];
   }
   compute_barrier();
-  epilogue.tile(tile, segment.tile * kTileColumns, thread);
+  epilogue.tile(tile, segment.tile * kTileColumns, state);
   compute_barrier();
 }
 
-// The epilogue of the plain GEMM: round and store.
+// The epilogue of the plain GEMM: + bias, round, store.
 template <class T>
-struct StoreTile {
-  T* y;  // [m, n]
+struct StoreTiles {
+  T* y;           // [m, n]
+  const T* bias;  // [n] or null
   int m, n;
 
-  __device__ void tile(const float* tile, int first_column, int thread) const {
-    const int column = thread % 8 * 8;
-    const int left = n - first_column - column;
-    const bool aligned = n % 8 == 0;
-    for (int row = thread / 8; row < m && left > 0; row += kComputeThreads / 8) {
-      const float4* from = reinterpret_cast<const float4*>(tile + row * kTilePitch + column);
-      const float4 a = from[0], b = from[1];
-      const uint4 packed = {pack_pair<T>(a.x, a.y), pack_pair<T>(a.z, a.w), pack_pair<T>(b.x, b.y),
-                            pack_pair<T>(b.z, b.w)};
-      T* to = y + static_cast<int64_t>(row) * n + first_column + column;
-      if (aligned) {
-        *reinterpret_cast<uint4*>(to) = packed;
-      } else {
-        const T* values = reinterpret_cast<const T*>(&packed);
+  struct State {};
+  __device__ State begin() const { return {}; }
+  __device__ void tile(const float* tile, int first_column, State&) const {
+    const int column = threadIdx.x % 16 * 4;
+    const int64_t pack = (first_column + column) / 4;
+    uint2 addend = {0, 0};
+    if (bias) addend = Row<const T>(bias, n).load(pack);
+    for (int row = threadIdx.x / 16; row < m; row += kComputeThreads / 16) {
+      Floats<T> value(addend);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          if (i < left) to[i] = values[i];
-        }
-      }
+      for (int i = 0; i < 4; ++i) value.value[i] += tile[row * kTilePitch + column + i];
+      Row<T>(y + static_cast<int64_t>(row) * n, n).store(pack, value.pack());
     }
   }
-  __device__ void finish(int) const {}
+  __device__ void finish(float*, State&) const {}
 };
 
 // ----------------------------------------------------------------------------------------- Hopper
@@ -394,7 +386,7 @@ template <class T, int kRows, int kCluster, class Epilogue>
 __global__ void __launch_bounds__(kHopperThreads, 1)
     matmul_hopper(const __grid_constant__ CUtensorMap weights,
                   const __grid_constant__ CUtensorMap x, const __grid_constant__ MatmulShape shape,
-                  const Epilogue epilogue) {
+                  const __grid_constant__ Epilogue epilogue) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Stage = HopperStage<kRows>;
   constexpr int kSubs = kChunk / kSubChunk;
@@ -447,7 +439,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("fence.proxy.async;" ::: "memory");
     Segment segment;
-    for (int i = 0; i < segments; ++i) {
+    for (int i = 0; i < segments && shape.weights_early; ++i) {
       if (!segment_at(shape.plan, blockIdx.x, i, &segment)) continue;
       for (int c = segment.begin; c < segment.end && early < shape.stages; ++c) {
         load_weights(segment, c, early++);
@@ -458,9 +450,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
   __syncthreads();
   if constexpr (kCluster > 1) cluster_barrier();  // before anybody writes to another's memory
 
-  asm volatile("griddepcontrol.launch_dependents;");
-  asm volatile("griddepcontrol.wait;" ::
-                   : "memory");  // x, y and the workspace are ours from here on
+  wait_for_predecessor();  // x, y and the workspace are ours from here on
 
   if (producer) {
     RingPosition at;
@@ -490,6 +480,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
         if (lane < kCluster) barrier_arrive_at(empty + 8 * stage, lane);
       }
     };
+    typename Epilogue::State state = epilogue.begin();
     RingPosition at;
     Segment segment;
     for (int i = 0; i < segments; ++i) {
@@ -518,9 +509,9 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
       }
       wgmma_wait<0>();
       release(previous);
-      finish_segment<kRows>(acc, segment, shape, tile, flag, epilogue);
+      finish_segment<kRows>(acc, segment, shape, tile, flag, epilogue, state);
     }
-    epilogue.finish(threadIdx.x);
+    epilogue.finish(tile, state);
   }
   if constexpr (kCluster > 1) {
     __syncthreads();
@@ -576,7 +567,8 @@ __device__ __forceinline__ void mma(float (&acc)[4], const uint32_t (&a)[4], uin
 template <class T, int kRows, class Epilogue>
 __global__ void __launch_bounds__(kComputeThreads)
     matmul_plain(const T* __restrict__ weights, const T* __restrict__ x,
-                 const __grid_constant__ MatmulShape shape, const Epilogue epilogue) {
+                 const __grid_constant__ MatmulShape shape,
+                 const __grid_constant__ Epilogue epilogue) {
   constexpr int kStageRows = kTileColumns + kRows, kStageBytes = kStageRows * kSubChunk * 2;
   constexpr int kSubs = kChunk / kSubChunk;
   extern __shared__ __align__(16) uint8_t raw[];
@@ -585,7 +577,8 @@ __global__ void __launch_bounds__(kComputeThreads)
   uint32_t* flag = reinterpret_cast<uint32_t*>(tile + kRows * kTilePitch);
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int segments = shape.plan.parts_per_block + shape.plan.rounds;
-  const bool aligned = shape.k % 8 == 0;
+  wait_for_predecessor();
+  typename Epilogue::State state = epilogue.begin();
 
   const auto load = [&](const Segment& segment, int sub_chunk, int stage) {
     for (int i = thread; i < kStageRows * 8; i += kComputeThreads) {
@@ -597,7 +590,7 @@ __global__ void __launch_bounds__(kComputeThreads)
       const T* from =
           (is_weight ? weights : x) + (valid ? static_cast<int64_t>(source_row) * shape.k + k : 0);
       const int offset = stage * kStageBytes + row * (kSubChunk * 2) + ((piece ^ (row & 7)) * 16);
-      if (aligned) {
+      if (shape.aligned) {
         copy_16(ring + offset, from, valid);
       } else {
         alignas(16) uint16_t values[8] = {};
@@ -658,9 +651,9 @@ __global__ void __launch_bounds__(kComputeThreads)
         }
       }
     }
-    finish_segment<kRows>(acc, segment, shape, tile, flag, epilogue);
+    finish_segment<kRows>(acc, segment, shape, tile, flag, epilogue, state);
   }
-  epilogue.finish(thread);
+  epilogue.finish(tile, state);
 }
 
-}  // namespace commfuse
+}  // namespace commfuse::gpu

@@ -9,7 +9,7 @@
 
 #include "cpu/dtypes.h"
 
-namespace commfuse {
+namespace commfuse::gpu {
 
 constexpr int kMatmulGpuMaxRows = 64;
 
@@ -35,19 +35,20 @@ MatmulPlan matmul_plan(int64_t n, int64_t k, int max_blocks);
 size_t matmul_gpu_workspace_bytes(const MatmulPlan& plan);
 
 struct MatmulGpuArgs {
-  const void* x;  // [m, k], 16-byte aligned
-  const void* w;  // [n, k], 16-byte aligned
-  void* y;        // [m, n], 16-byte aligned
-  int64_t m, n, k;
-  DType dtype;         // bfloat16 or float16, of all three; sums are float32
-  int max_blocks = 0;  // multiprocessors that the call may use; 0: all of the device
-  void* workspace = nullptr;
-  // Programmatic dependent launch: the weights may be fetched while the previous kernel in the
-  // stream still runs. The weights must not be what that kernel writes; x may be.
-  bool weights_early = false;
+  const void* x;  // [m, k]
+  const void* w;  // [n, k]
+  int64_t m, n, k;  // 1 <= m <= kMatmulGpuMaxRows
+  DType dtype;      // bfloat16 or float16; sums are float32
+  MatmulPlan plan;
+  void* workspace;  // 16-byte aligned
+  // The weights may be fetched while the previous kernel in the stream still runs: it does not
+  // write them (gpu/stream_order.h).
+  bool weights_early;
 };
 
-// Throws std::invalid_argument, or std::runtime_error with CUDA's words.
-void matmul_gpu(const MatmulGpuArgs& args, cudaStream_t stream);
+// y [m, n] = x w^T + bias, where bias [n] may be null.
+void matmul(const MatmulGpuArgs& args, const void* bias, void* y, cudaStream_t stream);
 
-}  // namespace commfuse
+void load_matmul();
+
+}  // namespace commfuse::gpu

@@ -86,7 +86,10 @@ class Communicator {
   gpu::Attachment* gpu() const { return gpu_.get(); }
   Segment* segment() { return segment_ ? &*segment_ : nullptr; }
   double timeout_s() const { return timeout_s_; }
-  void count_call() { ++statistics_.calls; }
+  void count_call(uint64_t bytes_sent) {
+    ++statistics_.calls;
+    statistics_.bytes_sent += bytes_sent;
+  }
 
   // The communicator with this handle; handles are what crosses torch's operator schemas.
   static Communicator& from_handle(int64_t handle);

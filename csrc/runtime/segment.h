@@ -69,6 +69,8 @@ class Segment {
   std::byte* payload(int rank, int parity, int phase) const;
   std::byte* workspace(int rank) const;
   uint64_t payload_bytes(int phase) const;
+  std::byte* base() const { return base_; }
+  uint64_t bytes() const { return bytes_; }
 
   // A connection that is open as long as its peer lives: to every rank on rank 0, to rank 0
   // elsewhere. peer_of(i) names the rank at its other end.

@@ -1,0 +1,67 @@
+// A communicator's memory on this rank's GPU, and the rules for launching kernels on it.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "gpu/call_site.h"
+#include "runtime/communicator.h"
+
+namespace commfuse::gpu {
+
+// Up to which size of a message an algorithm is the fastest, bytes: a property of the GPUs, the
+// same on all ranks.
+struct Thresholds {
+  int64_t one_shot = 64 << 10;
+  int64_t lines = 1 << 20;
+};
+
+class Attachment {
+ public:
+  // addresses: every rank's workspace, zero, as this process maps it; max_blocks: of kernels whose
+  // grids must be alike. Loads all kernels.
+  Attachment(Communicator& communicator, int device, const std::vector<uint64_t>& addresses,
+             int64_t slot_bytes, int max_blocks);
+  ~Attachment();
+  Attachment(const Attachment&) = delete;
+
+  int device() const { return device_; }
+  int max_blocks() const { return max_blocks_; }
+  const Workspace& workspace() const { return workspace_; }
+  Thresholds thresholds;
+
+  // Before each launch. Throws the communicator's failure, or ConcurrentUseError where another
+  // stream's calls are still running.
+  CallSite enter(const Descriptor& descriptor, cudaStream_t stream, int64_t bytes_sent);
+
+  // Memory that every rank maps at addresses[rank], for tensors that are reduced in place.
+  void add_buffer(const std::vector<uint64_t>& addresses, int64_t bytes) {
+    buffers_.push_back({addresses, bytes});
+  }
+  struct Place {
+    void* peers[kMaxRanks];
+    uint32_t id;  // equal on all ranks where the places are
+  };
+  // Where the peers have what lies at data here; none outside the buffers.
+  std::optional<Place> find(const void* data, int64_t bytes) const;
+
+ private:
+  struct Buffer {
+    std::vector<uint64_t> addresses;
+    int64_t bytes;
+  };
+
+  void check_stream(cudaStream_t stream, const Descriptor& descriptor);
+
+  Communicator& communicator_;
+  int device_, max_blocks_;
+  Workspace workspace_ = {};
+  void* registered_ = nullptr;
+  std::optional<cudaStream_t> stream_;
+  std::vector<Buffer> buffers_;
+};
+
+}  // namespace commfuse::gpu

@@ -1,0 +1,114 @@
+#include "gpu/attachment.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "all_gather/all_gather_gpu.h"
+#include "all_reduce/all_reduce_gpu.h"
+#include "all_reduce_rms_norm/all_reduce_rms_norm_gpu.h"
+#include "gpu/stream_order.h"
+#include "matmul/matmul_gpu.h"
+#include "matmul_all_reduce/matmul_all_reduce_gpu.h"
+#include "reduce_scatter/reduce_scatter_gpu.h"
+
+namespace commfuse::gpu {
+namespace {
+
+void check(cudaError_t status) {
+  if (status != cudaSuccess) {
+    throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(status));
+  }
+}
+
+}  // namespace
+
+Attachment::Attachment(Communicator& communicator, int device,
+                       const std::vector<uint64_t>& addresses, int64_t slot_bytes, int max_blocks)
+    : communicator_(communicator), device_(device), max_blocks_(std::min(max_blocks, kMaxGrid)) {
+  const int world = communicator.world();
+  if (world > kMaxRanks) {
+    throw std::invalid_argument("kernels between GPUs serve at most " + std::to_string(kMaxRanks) +
+                                " ranks of a host, not " + std::to_string(world));
+  }
+  check(cudaSetDevice(device));
+  for (int r = 0; r < world; ++r) workspace_.base[r] = reinterpret_cast<char*>(addresses[r]);
+  workspace_.rank = communicator.rank();
+  workspace_.world = world;
+  workspace_.slots_offset = gpu::slots_offset(world);
+  workspace_.slot_bytes = slot_bytes;
+  workspace_.timeout_ns = static_cast<uint64_t>(communicator.timeout_s() * 1e9);
+  if (Segment* segment = communicator.segment()) {
+    check(cudaHostRegister(segment->base(), segment->bytes(),
+                           cudaHostRegisterMapped | cudaHostRegisterPortable));
+    registered_ = segment->base();
+    void* mapped = nullptr;
+    check(cudaHostGetDevicePointer(&mapped, registered_, 0));
+    const auto on_gpu = [&](const void* host) {
+      return static_cast<std::byte*>(mapped) +
+             (static_cast<const std::byte*>(host) - static_cast<std::byte*>(registered_));
+    };
+    workspace_.host_failed =
+        reinterpret_cast<const uint32_t*>(on_gpu(&segment->header().error.state));
+    workspace_.report =
+        reinterpret_cast<GpuReport*>(on_gpu(&segment->area(communicator.rank()).gpu_report));
+  } else {
+    // Alone, nobody is waited for: both are there, and stay zero.
+    workspace_.host_failed = reinterpret_cast<const uint32_t*>(workspace_.base[0] + kAbort);
+    workspace_.report = reinterpret_cast<GpuReport*>(workspace_.base[0] + kDescriptors);
+  }
+  load_all_reduce();
+  load_all_reduce_rms_norm();
+  load_reduce_scatter();
+  load_all_gather();
+  load_matmul();
+  load_matmul_all_reduce();
+}
+
+Attachment::~Attachment() {
+  if (registered_) cudaHostUnregister(registered_);
+}
+
+CallSite Attachment::enter(const Descriptor& descriptor, cudaStream_t stream, int64_t bytes_sent) {
+  communicator_.check();
+  check_stream(stream, descriptor);
+  communicator_.count_call(static_cast<uint64_t>(bytes_sent));
+  return {workspace_, descriptor, max_blocks_, stream};
+}
+
+void Attachment::check_stream(cudaStream_t stream, const Descriptor& descriptor) {
+  if (stream_ == stream) return;
+  // A capture only records; whoever replays it must order it as any other call.
+  cudaStreamCaptureStatus capture;
+  check(cudaStreamIsCapturing(stream, &capture));
+  if (capture != cudaStreamCaptureStatusNone) return;
+  if (stream_) {
+    const cudaError_t status = cudaStreamQuery(*stream_);
+    if (status == cudaErrorNotReady) {
+      throw ConcurrentUseError(
+          "a second stream of calls on one communicator: " + descriptor.str() +
+          " began while the calls of another CUDA stream were still running. One communicator "
+          "serves one stream; synchronise it first, or make a second Communicator");
+    }
+    check(status);
+  }
+  stream_ = stream;
+}
+
+std::optional<Attachment::Place> Attachment::find(const void* data, int64_t bytes) const {
+  const uint64_t begin = reinterpret_cast<uint64_t>(data);
+  for (size_t b = 0; b < buffers_.size(); ++b) {
+    const uint64_t base = buffers_[b].addresses[communicator_.rank()];
+    if (begin < base || begin + bytes > base + buffers_[b].bytes) continue;
+    Place place = {};
+    const uint64_t offset = begin - base;
+    for (int r = 0; r < communicator_.world(); ++r) {
+      place.peers[r] = reinterpret_cast<void*>(buffers_[b].addresses[r] + offset);
+    }
+    place.id = static_cast<uint32_t>(b + 1) << 28 ^ static_cast<uint32_t>(offset / 16);
+    return place;
+  }
+  return std::nullopt;
+}
+
+}  // namespace commfuse::gpu

@@ -1,0 +1,17 @@
+// What every launch of a kernel that communicates needs.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "gpu/workspace.h"
+
+namespace commfuse::gpu {
+
+struct CallSite {
+  const Workspace& workspace;
+  const Descriptor& descriptor;
+  int max_blocks;  // that surely run at the same time, on every rank
+  cudaStream_t stream;
+};
+
+}  // namespace commfuse::gpu

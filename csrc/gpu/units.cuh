@@ -1,0 +1,66 @@
+// Units of 16 bytes: what bulk transfers move and add.
+#pragma once
+
+#include "gpu/numbers.cuh"
+
+namespace commfuse::gpu {
+
+// n elements in units; the last may be partial, and what is not aligned goes element by element.
+template <class T>
+struct Units {
+  T* data;
+  int64_t n;
+  bool aligned;
+
+  __device__ Units(T* data, int64_t n)
+      : data(data), n(n), aligned(reinterpret_cast<uintptr_t>(data) % 16 == 0) {}
+
+  __device__ __forceinline__ uint4 load(int64_t unit) const {
+    constexpr int kElements = 16 / static_cast<int>(sizeof(T));
+    if (aligned && (unit + 1) * kElements <= n) return reinterpret_cast<const uint4*>(data)[unit];
+    const Row<T> row(data, n);
+    const uint2 low = row.load(2 * unit), high = row.load(2 * unit + 1);
+    return {low.x, low.y, high.x, high.y};
+  }
+  __device__ __forceinline__ void store(int64_t unit, uint4 value) const {
+    constexpr int kElements = 16 / static_cast<int>(sizeof(T));
+    if (aligned && (unit + 1) * kElements <= n) {
+      reinterpret_cast<uint4*>(data)[unit] = value;
+      return;
+    }
+    const Row<T> row(data, n);
+    row.store(2 * unit, {value.x, value.y});
+    row.store(2 * unit + 1, {value.z, value.w});
+  }
+};
+
+// The sum of one unit of all ranks in rank order, + residual.
+template <class T, int kWorld>
+struct UnitSum {
+  uint4 unit[kWorld];
+
+  template <class Address>
+  __device__ __forceinline__ void load(int world, Address address) {
+#pragma unroll
+    for (int s = 0; s < kWorld; ++s) {
+      if (s < world) unit[s] = __ldcg(address(s));
+    }
+  }
+  __device__ __forceinline__ uint4 total(int world, const uint4* residual) const {
+    Floats<T> low({unit[0].x, unit[0].y}), high({unit[0].z, unit[0].w});
+#pragma unroll
+    for (int s = 1; s < kWorld; ++s) {
+      if (s >= world) continue;
+      low.add({unit[s].x, unit[s].y});
+      high.add({unit[s].z, unit[s].w});
+    }
+    if (residual) {
+      low.add({residual->x, residual->y});
+      high.add({residual->z, residual->w});
+    }
+    const uint2 a = low.pack(), b = high.pack();
+    return {a.x, a.y, b.x, b.y};
+  }
+};
+
+}  // namespace commfuse::gpu

@@ -1,0 +1,136 @@
+// The fused kernel for few rows; else a GEMM of torch's and our all-reduce.
+#include <ATen/ops/add.h>
+#include <ATen/ops/linear.h>
+
+#include "all_reduce_rms_norm/all_reduce_rms_norm_cuda.h"
+#include "matmul/matmul_cuda.h"
+#include "matmul_all_reduce/matmul_all_reduce_gpu.h"
+
+namespace commfuse::gpu {
+namespace {
+
+struct Tail {
+  const std::optional<at::Tensor>& bias;
+  const std::optional<at::Tensor>& residual;
+  const at::Tensor* norm_weight;  // or null
+  double eps;
+};
+
+// {out, y}; y is undefined without norm_weight.
+std::pair<at::Tensor, at::Tensor> unfused(GpuCall& call, const Descriptor& descriptor, DType dtype,
+                                          const at::Tensor& x, const at::Tensor& w,
+                                          const Tail& tail) {
+  const at::Tensor product = at::linear(x, w);
+  std::optional<at::Tensor> addend = tail.residual;
+  if (tail.bias) addend = addend ? at::add(*addend, *tail.bias) : tail.bias->expand_as(product).contiguous();
+  at::Tensor out = at::empty_like(product), y;
+  if (!tail.norm_weight) {
+    const auto algorithm = all_reduce_algorithm(call.gpu(), static_cast<int64_t>(product.nbytes()));
+    all_reduce_all(call, descriptor, algorithm, dtype, product.const_data_ptr(), nullptr,
+                   out.mutable_data_ptr(), product.numel());
+    if (addend) out.add_(*addend);
+  } else {
+    y = at::empty_like(product);
+    RMSNormArgs args = {};
+    args.dtype = dtype;
+    args.x = product.const_data_ptr();
+    args.residual = data_or_null(addend);
+    args.weight = tail.norm_weight->const_data_ptr();
+    args.eps = static_cast<float>(tail.eps);
+    args.y = y.mutable_data_ptr();
+    args.out = out.mutable_data_ptr();
+    args.rows = static_cast<int>(x.size(0));
+    args.n = static_cast<int>(w.size(0));
+    all_reduce_rms_norm_all(call, descriptor, args);
+  }
+  return {out, y};
+}
+
+std::pair<at::Tensor, at::Tensor> summed_product(const at::Tensor& x, const at::Tensor& w, int64_t n,
+                                                 int64_t handle, const Tail& tail) {
+  GpuCall call(x, handle);
+  const DType dtype = dtype_of_tensor(x, "x");
+  check_matrix(x, "x");
+  check_matches(w, x, {n, x.size(1)}, "w");
+  const int64_t m = x.size(0);
+  if (tail.bias) check_matches(*tail.bias, x, {n}, "bias");
+  if (tail.residual) check_matches(*tail.residual, x, {m, n}, "residual");
+  if (tail.norm_weight) check_matches(*tail.norm_weight, x, {n}, "norm_weight");
+  // K is not part of what ranks must agree on, nor may the choice depend on it: heads may be cut
+  // unevenly.
+  const uint32_t variant =
+      (tail.bias ? 1u : 0u) | (tail.residual ? 2u : 0u) | (tail.norm_weight ? 4u : 0u);
+  const Descriptor descriptor = describe(Op::matmul_all_reduce, dtype, {m, n}, variant);
+  const Workspace& workspace = call.gpu().workspace();
+  const int64_t bytes = m * n * static_cast<int64_t>(size_of(dtype));
+  const bool two_shot = call.world() > 2 && bytes > call.gpu().thresholds.one_shot;
+  const bool fused = dtype != DType::float32 && m > 0 && n > 0 &&
+                     matmul_all_reduce_fits(workspace, m, n, two_shot);
+  TORCH_CHECK_VALUE(x.size(1) > 0, "x has 0 columns; every rank needs a part of K");
+
+  std::pair<at::Tensor, at::Tensor> result;
+  auto& [out, y] = result;
+  if (!fused && call.world() > 1) {
+    result = unfused(call, descriptor, dtype, x, w, tail);
+  } else if (!fused) {
+    call.communicator.check();
+    out = at::linear(x, w, tail.bias);
+    if (tail.residual) out.add_(*tail.residual);
+    if (tail.norm_weight) {
+      y = at::empty_like(out);
+      RMSNormArgs args = {};
+      args.dtype = dtype;
+      args.weight = tail.norm_weight->const_data_ptr();
+      args.eps = static_cast<float>(tail.eps);
+      args.y = y.mutable_data_ptr();
+      args.out = out.mutable_data_ptr();
+      args.rows = static_cast<int>(m);
+      args.n = static_cast<int>(n);
+      rms_norm(args, call.gpu().max_blocks(), call.stream);
+    }
+  } else {
+    out = at::empty({m, n}, x.options());
+    if (tail.norm_weight) y = at::empty({m, n}, x.options());
+    MatmulAllReduceArgs args = {};
+    args.matmul = matmul_args(x, w, call.gpu().max_blocks(), call.stream);
+    args.bias = data_or_null(tail.bias);
+    args.residual = data_or_null(tail.residual);
+    args.norm_weight = tail.norm_weight ? tail.norm_weight->const_data_ptr() : nullptr;
+    args.eps = static_cast<float>(tail.eps);
+    args.out = out.mutable_data_ptr();
+    args.y = y.defined() ? y.mutable_data_ptr() : nullptr;
+    args.two_shot = two_shot;
+    const int64_t peers = call.world() - 1;
+    matmul_all_reduce(
+        call.enter(descriptor, two_shot ? 2 * peers * bytes / call.world() : peers * bytes), args);
+  }
+  if (y.defined()) {
+    call.wrote({range_of(out), range_of(y)});
+  } else {
+    call.wrote({range_of(out)});
+  }
+  return result;
+}
+
+at::Tensor matmul_all_reduce_of_tensors(const at::Tensor& x, const at::Tensor& w, int64_t n,
+                                        int64_t handle, const std::optional<at::Tensor>& bias,
+                                        const std::optional<at::Tensor>& residual) {
+  return summed_product(x, w, n, handle, {bias, residual, nullptr, 0}).first;
+}
+
+std::tuple<at::Tensor, at::Tensor> matmul_all_reduce_rms_norm_of_tensors(
+    const at::Tensor& x, const at::Tensor& w, int64_t n, int64_t handle,
+    const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& residual,
+    const at::Tensor& norm_weight, double eps) {
+  const auto [out, y] = summed_product(x, w, n, handle, {bias, residual, &norm_weight, eps});
+  return {y, out};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(commfuse, CUDA, m) {
+  m.impl("matmul_all_reduce", &matmul_all_reduce_of_tensors);
+  m.impl("matmul_all_reduce.rms_norm", &matmul_all_reduce_rms_norm_of_tensors);
+}
+
+}  // namespace commfuse::gpu
