@@ -355,60 +355,47 @@ CONTROLS = {
 }
 
 
-def tensor_bytes(*tensors: torch.Tensor | None) -> bytes:
-    """The bits of tensors."""
-    return b"".join(t.view(torch.uint8).numpy().tobytes() for t in tensors if t is not None)
+def fused_cases(op: str, dtypes: list[str]) -> list[Fused]:
+    """Sizes around everything that could go wrong: tiles, groups of rows, steps, slots; options."""
+    cases = []
+    for name in dtypes:
+        dtype = DTYPES[name]
+        if op == "all_reduce_rms_norm":
+            cases += [
+                AllReduceRMSNorm(0, 5, dtype),
+                AllReduceRMSNorm(1, 1, dtype, ("residual",)),
+                AllReduceRMSNorm(3, 17, dtype, integers=False),
+                AllReduceRMSNorm(5, 64, dtype, ("residual",), integers=False),
+                # A slot holds 16 KB: two calls, or three.
+                AllReduceRMSNorm(9, 1025, dtype),
+            ]
+        else:
+            every = ("bias", "residual", "norm_weight")
+            cases += [
+                MatmulAllReduce(0, 5, dtype),
+                MatmulAllReduce(1, 1, dtype, k=1),
+                MatmulAllReduce(3, 33, dtype, ("residual",)),
+                MatmulAllReduce(17, 65, dtype, every, integers=False, k=67),
+                MatmulAllReduce(2, 31, dtype, ("bias",), k=255),
+                MatmulAllReduce(4, 200, dtype, ("norm_weight",), last_k=0),
+            ]
+    return cases
 
 
-def calls(cases: list) -> list[tuple[list[str], bytes]]:
-    """For each case what is wrong with this rank's outputs, and their bits."""
+def correctness_of_fused(op: str, dtypes: list[str]) -> list[tuple[str, list[str], bytes]]:
+    """(case, what is wrong, bits of the outputs) of this rank."""
+    cases = fused_cases(op, dtypes)
     results = []
     with communicator() as comm:
         workspace = make_workspace(comm)
         for seed, case in enumerate(cases):
             ranks = case.inputs(comm.world_size, seed)
             outputs = case.run(ranks[comm.rank], workspace)
-            results.append((case.complaints(outputs, ranks), tensor_bytes(*outputs)))
+            bits = b"".join(
+                out.view(torch.uint8).numpy().tobytes() for out in outputs if out is not None
+            )
+            results.append((str(case), case.complaints(outputs, ranks), bits))
     return results
-
-
-def fused_cases(op: str, few: bool) -> list[Fused]:
-    """Sizes around everything that could go wrong: tiles, groups of rows, steps, slots; options."""
-    cases = []
-    for dtype in DTYPES.values():
-        if op == "all_reduce_rms_norm":
-            # A slot holds 16 KB; rows of 1500 elements then take several calls.
-            sizes = [(0, 5), (1, 1), (3, 17), (5, 64), (2, 1025)] + [(13, 1500)] * (not few)
-            made = [
-                AllReduceRMSNorm(rows, columns, dtype, ("residual",) * (i % 2), integers=i % 3 > 0)
-                for i, (rows, columns) in enumerate(sizes)
-            ]
-        else:
-            one = [(1, 1, 1), (3, 33, 37), (17, 65, 130)]
-            options = [(), ("residual",), ("bias", "residual", "norm_weight")]
-            made = [
-                MatmulAllReduce(rows, columns, dtype, given, integers, k)
-                for (rows, columns, k), given, integers in zip(
-                    one, options, (True, True, False), strict=True
-                )
-            ]
-            made += [
-                MatmulAllReduce(0, 5, dtype),
-                MatmulAllReduce(4, 200, dtype, ("norm_weight",), last_k=0),
-            ]
-            if not few:
-                made += [
-                    MatmulAllReduce(64, 16, dtype, ("bias", "norm_weight"), False, k=256),
-                    MatmulAllReduce(2, 31, dtype, ("bias",), False, k=255),
-                ]
-        cases += made
-    return cases
-
-
-def fused_correctness(op: str, few: bool) -> list[tuple[str, list[str], bytes]]:
-    """(case, what is wrong, bits of the outputs) of this rank."""
-    cases = fused_cases(op, few)
-    return [(str(case), *result) for case, result in zip(cases, calls(cases), strict=True)]
 
 
 def batches(op: str) -> list[str]:
@@ -416,20 +403,17 @@ def batches(op: str) -> list[str]:
     differing = []
     with communicator() as comm:
         workspace = make_workspace(comm)
+        kind = AllReduceRMSNorm if op == "all_reduce_rms_norm" else MatmulAllReduce
         for dtype in DTYPES.values():
-            for rows, columns in ((40, 70), (17, 20)):
-                options = ("residual", "norm_weight")
-                whole = (AllReduceRMSNorm if op == "all_reduce_rms_norm" else MatmulAllReduce)(
-                    rows, columns, dtype, options, integers=False
-                )
-                mine = whole.inputs(comm.world_size, seed=rows)[comm.rank]
-                complete = whole.run(mine, workspace)
-                for part in (slice(0, 1), slice(2, 7), slice(rows - 17, rows), slice(4, 5)):
-                    case = dataclasses.replace(whole, rows=part.stop - part.start)
-                    per_row = {name: mine[name][part] for name in ("x", "residual")}
-                    alone = case.run({**mine, **per_row}, workspace)
-                    if any(not same_bits(a, b[part]) for a, b in zip(alone, complete, strict=True)):
-                        differing.append(f"{whole} {part}")
+            whole = kind(40, 70, dtype, ("residual", "norm_weight"), integers=False)
+            mine = whole.inputs(comm.world_size, seed=0)[comm.rank]
+            complete = whole.run(mine, workspace)
+            for part in (slice(4, 5), slice(23, 40)):
+                case = dataclasses.replace(whole, rows=part.stop - part.start)
+                per_row = {name: mine[name][part] for name in ("x", "residual")}
+                alone = case.run({**mine, **per_row}, workspace)
+                if any(not same_bits(a, b[part]) for a, b in zip(alone, complete, strict=True)):
+                    differing.append(f"{whole} {part}")
     return differing
 
 
@@ -617,3 +601,18 @@ def meeting() -> dict[str, list[list[str]]]:
                 found[name].append(case.complaints(outputs, ranks))
                 comm.barrier()
     return found
+
+
+def fused(op: str, everything: bool) -> dict:
+    """All about a fused op, in one start of the ranks."""
+    results = {
+        "correctness": correctness_of_fused(op, list(DTYPES) if everything else ["bfloat16"]),
+        "stragglers": stragglers(op, 20 if everything else 6),
+    }
+    if everything:
+        results["batches"] = batches(op)
+        results["controls"] = controls(op)
+        results["failures"] = failures(op)
+        if op == "matmul_all_reduce":
+            results["meeting"] = meeting()
+    return results
