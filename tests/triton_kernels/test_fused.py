@@ -99,11 +99,37 @@ class TestEveryOp:
         assert seconds < 20
 
 
+PUBLIC = {
+    "all_reduce_rms_norm": {
+        "served": ("complaints", "[]"),
+        "row above a slot": ("BackendUnavailable", r"1200000 bytes.*workspace_bytes=\d+"),
+    },
+    "matmul_all_reduce": {
+        "served": ("complaints", "[]"),
+        "packed": ("BackendUnavailable", "packed for the CPU"),
+        "rows": ("BackendUnavailable", "up to 64 rows, not 65"),
+        "output above a slot": ("BackendUnavailable", r"5120000 bytes.*workspace_bytes=\d+"),
+    },
+}
+
+
+@pytest.mark.parametrize(("op", "case"), [(op, case) for op in PUBLIC for case in PUBLIC[op]])
+def test_as_a_backend(results, op, case):
+    kind, message = PUBLIC[op][case]
+    for rank in results(op, 2):
+        got, text = rank["public"][case]
+        assert got == kind, text
+        assert text == message if kind == "complaints" else re.search(message, text), text
+
+
 def test_blocks_meet_before_they_normalise(results):
     for rank in results("matmul_all_reduce", 2):
         assert rank["meeting"]["sound"] == [[], []]
         skipped = rank["meeting"]["skipped"]
         assert any("norm" in problem for call in skipped for problem in call)
+        kind, text = rank["meeting"]["absent"]
+        assert kind == "PeerTimeout", text
+        assert "blocks of its own in matmul_all_reduce float32[18, 200]" in text
 
 
 # ---- in this process ---------------------------------------------------------------------------
