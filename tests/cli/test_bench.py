@@ -104,11 +104,18 @@ class TestOps:
         rows = _run_here(capsys, "verify_chain", "--ranks", "1", "--json", "--iterations", "1")
         assert {json.loads(row)["transport"] for row in rows.out.splitlines()} == {"local"}
 
-    def test_numbers_of_ranks_are_measured_one_after_the_other(self):
-        arguments = ["--ranks", "1,2", "--backends", "auto", "--json", "--iterations", 1]
-        rows = json_rows(commfuse("bench", "vocab_parallel_argmax", *arguments))
-        assert [row["ranks"] for row in rows] == [1] * (len(rows) // 2) + [2] * (len(rows) // 2)
-        assert {row["backend"] for row in rows} == {"auto"}
+    def test_numbers_of_ranks_are_measured_one_after_the_other(self, monkeypatch, capsys):
+        counts = []
+        monkeypatch.setattr(
+            "commfuse.cli.bench.run_again_as_ranks", lambda count, env: counts.append(count)
+        )
+        _run_here(capsys, "all_reduce", "--ranks", "1,2,4")
+        assert counts == [1, 2, 4]
+
+    def test_auto_is_a_backend(self, capsys):
+        arguments = ["--ranks", "1", "--json", "--iterations", "1", "--backends", "auto,cpu"]
+        rows = _run_here(capsys, "verify_chain", *arguments).out.splitlines()
+        assert [json.loads(row)["backend"] for row in rows[:2]] == ["auto", "cpu"]
 
     def test_without_a_gpu_cuda_is_refused(self, monkeypatch, capsys):
         monkeypatch.setattr("commfuse.testing.gpu_lab.gpu_count", lambda: 0)
