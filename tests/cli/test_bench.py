@@ -105,10 +105,8 @@ class TestOps:
         assert {json.loads(row)["transport"] for row in rows.out.splitlines()} == {"local"}
 
     def test_numbers_of_ranks_are_measured_one_after_the_other(self, monkeypatch, capsys):
-        counts = []
-        monkeypatch.setattr(
-            "commfuse.cli.bench.run_again_as_ranks", lambda count, env: counts.append(count)
-        )
+        counts, command = [], sys.modules["commfuse.cli.bench"]
+        monkeypatch.setattr(command, "run_again_as_ranks", lambda count, env: counts.append(count))
         _run_here(capsys, "all_reduce", "--ranks", "1,2,4")
         assert counts == [1, 2, 4]
 
