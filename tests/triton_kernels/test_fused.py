@@ -9,6 +9,7 @@ import torch
 from commfuse.errors import BackendUnavailable, UsageError
 from commfuse.testing import run_ranks
 from commfuse.triton_kernels.all_reduce_rms_norm import all_reduce_rms_norm
+from commfuse.triton_kernels.arguments import aligned
 from commfuse.triton_kernels.matmul_all_reduce import (
     compile_constants,
     matmul_all_reduce,
@@ -173,6 +174,8 @@ def matmul(rows=2, columns=3, k=4, **changed):
         (norm, {"weight": torch.ones(3, dtype=torch.float16)}, "weight is"),
         (norm, {"summed": torch.ones(2, 2)}, "summed is"),
         (norm, {"normalised": torch.ones(2, 3, device="meta")}, "normalised is"),
+        (norm, {"summed": torch.ones(7)[1:].view(2, 3)}, "summed must begin at a multiple of 16"),
+        (matmul, {"summed": torch.ones(7)[1:].view(2, 3)}, "summed must begin at a multiple of 16"),
         (matmul, {"w": torch.ones(3, 5)}, r"w is .* it must be torch.float32\[3, 4\]"),
         (matmul, {"w": torch.ones(3)}, "they have the shapes"),
         (matmul, {"w": torch.ones(4, 3).t()}, "w must be contiguous"),
@@ -191,6 +194,14 @@ def test_tensors_that_do_not_fit(call, changed, message):
 def test_cpu_without_the_interpreter_says_why(call):
     with pytest.raises(BackendUnavailable, match="TRITON_INTERPRET=1"):
         call()
+
+
+def test_inputs_of_sums_are_copied_where_they_are_not_aligned():
+    memory = torch.arange(9.0)
+    assert aligned(None) is None
+    assert aligned(memory) is memory
+    moved = aligned(memory[1:])
+    assert moved.data_ptr() % 16 == 0 and torch.equal(moved, memory[1:])
 
 
 def test_tiles_share_the_work_out():
