@@ -24,7 +24,7 @@ CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -n
 # Folders are listed too: their time changes when a file in them is deleted.
 BUILD_INPUTS := $(shell find csrc) $(wildcard triton_kernels/__init__.py bench/__init__.py)
 GPU_PATH := $(CURDIR)/build/gpu-path
-GPU_RUN = PYTHONPATH="$(GPU_PATH)" PYTHONUNBUFFERED=1 "$(GPU_PYTHON)"
+GPU_RUN = env PYTHONPATH="$(GPU_PATH)" PYTHONUNBUFFERED=1 "$(GPU_PYTHON)"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -49,7 +49,8 @@ help:
 	@echo 'TORCH_CPU_INDEX=        (empty) take torch from the sources that pip is configured for alone'
 	@echo 'GPU_PYTHON=python3      the Python of gpu-test and gpu-bench: with torch for CUDA, triton, ninja,'
 	@echo '                        pytest, typer, rich; and nvcc on PATH. GPU_CC, GPU_CXX: its compiler'
-	@echo 'GPU_RANKS=2,4,8         the numbers of ranks of gpu-bench; GPU_OPS: its ops'
+	@echo 'GPU_RANKS=2,4,8         the numbers of ranks of gpu-bench; GPU_OPS: its ops; GPU_SECONDS=300: the'
+	@echo '                        longest that one may take'
 	@echo 'ARGS=...                more arguments for demo, test, test-long, bench, gpu-test, gpu-bench'
 
 # Holds the torch that was asked for last. It changes, and with it everything that is built on it,
@@ -110,12 +111,12 @@ gpu-test: gpu-setup
 
 gpu-bench: gpu-setup
 	@mkdir -p "$(OUT)"
-	@set -e; for op in $(GPU_OPS); do \
-	  timeout $(GPU_SECONDS) $(GPU_RUN) -m commfuse bench $$op --device cuda --ranks $(GPU_RANKS) \
-	    --json $(ARGS) > "$(OUT)/$$op.jsonl"; done
-	@timeout $(GPU_SECONDS) $(GPU_RUN) -m commfuse bench matmul --device cuda --ranks 1 --json $(ARGS) \
-	  > "$(OUT)/matmul.jsonl"
-	@$(GPU_RUN) -m commfuse.bench.table $(foreach op,$(GPU_OPS) matmul,"$(OUT)/$(op).jsonl")
+	@failed=0; for op in $(GPU_OPS) matmul; do \
+	  ranks=$(GPU_RANKS); [[ $$op != matmul ]] || ranks=1; \
+	  timeout $(GPU_SECONDS) $(GPU_RUN) -m commfuse bench $$op --device cuda --ranks $$ranks \
+	    --json $(ARGS) > "$(OUT)/$$op.jsonl" || failed=$$?; done; \
+	$(GPU_RUN) -m commfuse.bench.table $(foreach op,$(GPU_OPS) matmul,"$(OUT)/$(op).jsonl"); \
+	exit $$failed
 
 lint: $(VENV)/.dependencies
 	$(BIN)/ruff check .

@@ -243,7 +243,7 @@ setup(
     packages=packages,
     package_dir=package_dir,
     include_package_data=False,
-    package_data={"commfuse": ["py.typed"]},
+    package_data={"commfuse": ["py.typed"], "commfuse.runtime": ["tables/*.json"]},
     ext_modules=[extension()],
     cmdclass={"build_py": BuildPy, "build_ext": BuildExt, "dist_info": DistInfo},
 )

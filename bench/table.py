@@ -35,6 +35,11 @@ def _time(us: float) -> str:
     return f"{us:.1f}" if us < 1000 else f"{us:.0f}"
 
 
+def _shape_text(row: dict) -> str:
+    """Dimensions and options, as a case prints them."""
+    return " ".join(f"+{k}" if v is True else f"{k}={v}" for k, v in row["shape"].items())
+
+
 def _cells(row: dict) -> dict[str, str]:
     """A row's columns; empty where they have no meaning."""
     reference = "itself" if row["backend"] == "torch" else "torch"
@@ -42,7 +47,7 @@ def _cells(row: dict) -> dict[str, str]:
         row[name] for name in ("exposed", "streamed_gb_per_s", "fraction_of_read")
     )
     return {
-        "shape": " ".join(f"{key}={value}" for key, value in row["shape"].items()),
+        "shape": _shape_text(row),
         "backend": row["backend"],
         "p20": _time(row["p20_us"]),
         "p50": _time(row["p50_us"]),
@@ -58,7 +63,7 @@ def _cells(row: dict) -> dict[str, str]:
 
 def console() -> Console:
     """Where tables go: as wide as the terminal, and wide enough where there is none."""
-    return Console(highlight=False, width=None if Console().is_terminal else 140)
+    return Console(highlight=False, width=None if Console().is_terminal else 180)
 
 
 def print_table(rows: list[dict]) -> None:
@@ -164,9 +169,6 @@ def read_rows(paths: Iterable[str | Path]) -> list[dict]:
 def print_summary(rows: list[dict]) -> None:
     """Prints the medians of ops' rows: a table for each op and number of ranks, a line a shape."""
 
-    def shape(row: dict) -> str:
-        return " ".join(f"{key}={value}" for key, value in row["shape"].items())
-
     output = console()
     for (op, dtype, place), group in groupby(rows, lambda r: (r["op"], r["dtype"], _place(r))):
         measured = list(group)
@@ -182,9 +184,10 @@ def print_summary(rows: list[dict]) -> None:
             if any(row.get(key) is not None for row in measured if row["backend"] == ours)
         }
         for name in (*names, *ratios.values()):
-            table.add_column(name, justify="right", no_wrap=True)
-        for text in dict.fromkeys(shape(row) for row in measured):
-            found = {row["backend"]: row for row in measured if shape(row) == text}
+            head = name.replace("+", "\n+").replace("_", "\n_", name.count("_") > 1)
+            table.add_column(head, justify="right", no_wrap=True)
+        for text in dict.fromkeys(map(_shape_text, measured)):
+            found = {row["backend"]: row for row in measured if _shape_text(row) == text}
             own = found.get(ours, {})
             table.add_row(
                 text,

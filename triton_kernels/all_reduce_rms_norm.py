@@ -12,7 +12,14 @@ import triton.language as tl
 
 from commfuse.errors import BackendUnavailable, UsageError
 
-from .arguments import check_device, check_fits_slot, check_input, check_like
+from .arguments import (
+    aligned,
+    check_aligned,
+    check_device,
+    check_fits_slot,
+    check_input,
+    check_like,
+)
 from .numerics import from_float32, inverse_root_mean_square, to_float32
 from .protocol import (
     OK,
@@ -157,7 +164,10 @@ def all_reduce_rms_norm(
     ):
         check_like(name, argument, tensor, x, x.shape)
     check_like(name, "weight", weight, x, (columns,))
+    for argument, tensor in (("summed", summed), ("normalised", normalised)):
+        check_aligned(name, argument, tensor)
     check_device(all_reduce_rms_norm_kernel, x)
+    x, residual, weight = aligned(x), aligned(residual), aligned(weight)
     layout = workspace.layout
     row_bytes = columns * x.dtype.itemsize
     check_fits_slot(name, "one row", row_bytes, layout)

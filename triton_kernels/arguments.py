@@ -11,6 +11,8 @@ from commfuse.errors import BackendUnavailable, UsageError
 
 from .workspace import DTYPES, SLOT_ALIGNMENT, Layout, Workspace, round_up
 
+ALIGNMENT = 16  # bytes: those of the widest access, and of what Triton specialises kernels by
+
 
 def check_input(op: str, x: torch.Tensor, workspace: Workspace) -> None:
     """That ``x`` can be exchanged through ``workspace``: dtype, memory, device.
@@ -43,6 +45,30 @@ def check_like(
         )
     if not tensor.is_contiguous():
         raise UsageError(f"{op}: {name} must be contiguous")
+
+
+def aligned(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """``tensor``, or a copy if it does not begin at a multiple of 16 bytes.
+
+    For inputs of a sum across threads: Triton chooses the accesses by the alignment, and with them
+    perhaps which thread adds what. All ranks must add alike, whatever their tensors' addresses.
+    """
+    if tensor is None or tensor.data_ptr() % ALIGNMENT == 0:
+        return tensor
+    return tensor.clone()
+
+
+def check_aligned(op: str, name: str, tensor: torch.Tensor | None) -> None:
+    """That an output begins at a multiple of 16 bytes, or is None; see :func:`aligned`.
+
+    Raises:
+        UsageError: it does not.
+    """
+    if tensor is not None and tensor.data_ptr() % ALIGNMENT:
+        raise UsageError(
+            f"{op}: {name} must begin at a multiple of {ALIGNMENT} bytes; it begins at "
+            f"{tensor.data_ptr():#x}"
+        )
 
 
 def check_fits_slot(op: str, what: str, nbytes: int, layout: Layout) -> None:

@@ -24,7 +24,14 @@ import triton.language as tl
 
 from commfuse.errors import BackendUnavailable, UsageError
 
-from .arguments import check_device, check_fits_slot, check_input, check_like
+from .arguments import (
+    aligned,
+    check_aligned,
+    check_device,
+    check_fits_slot,
+    check_input,
+    check_like,
+)
 from .numerics import INTERPRETED, dot, from_float32, inverse_root_mean_square, to_float32
 from .protocol import (
     MAX_ROWS,
@@ -266,13 +273,15 @@ def matmul_all_reduce(
     Args:
         x: [rows, k of this rank], contiguous, at most 64 rows; bfloat16, float16 or float32.
         w: [columns, k of this rank], contiguous. Rows of a multiple of 16 elements are fastest.
-        summed: [rows, columns]; may be ``residual`` itself, but must not overlap it otherwise.
+        summed: [rows, columns]; may be ``residual`` itself, but must not overlap it otherwise. It
+            begins at a multiple of 16 bytes; a bias, residual or norm_weight that does not is
+            copied.
         workspace: on the device of ``x``.
         bias: [columns], the whole bias, equal on all ranks; added once.
         residual: [rows, columns], equal on all ranks.
         norm_weight: [columns], equal on all ranks; given together with ``normalised``.
         eps: of RMSNorm, added to the mean square.
-        normalised: [rows, columns].
+        normalised: [rows, columns], beginning at a multiple of 16 bytes.
 
     Raises:
         UsageError: the tensors do not fit the above.
@@ -304,6 +313,8 @@ def matmul_all_reduce(
         check_like(name, argument, tensor, x, (rows, columns))
     if (norm_weight is None) != (normalised is None):
         raise UsageError(f"{name}: norm_weight and normalised are given together or not at all")
+    for argument, tensor in (("summed", summed), ("normalised", normalised)):
+        check_aligned(name, argument, tensor)
     check_device(matmul_all_reduce_kernel, x)
     if rows > MAX_ROWS.value:
         raise BackendUnavailable(
@@ -313,6 +324,8 @@ def matmul_all_reduce(
     layout = workspace.layout
     check_fits_slot(name, f"the output of {rows} rows", summed.numel() * x.dtype.itemsize, layout)
 
+    # Not x and w: how products are summed does not depend on their addresses.
+    bias, residual, norm_weight = aligned(bias), aligned(residual), aligned(norm_weight)
     op, dtype = OPS.index(name), DTYPES.index(x.dtype)
     options = options_code(bias=bias, residual=residual, norm_weight=norm_weight)
     tag = call_tag(op, dtype, rows, columns, options)

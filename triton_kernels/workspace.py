@@ -237,6 +237,13 @@ class Workspace:
         if failure is None:
             return
         call = f"call {failure.generation}"
+        if failure.kind == protocol.TIMED_OUT.value and failure.peer == failure.rank:
+            raise PeerTimeout(
+                f"rank {failure.rank} waited in vain for blocks of its own in "
+                f"{self._called(failure, failure.rank)}, {call} (limit about {self.timeout:g} s): "
+                f"a grid of up to {self.layout.max_blocks} blocks must run at once on the GPU; "
+                "make the workspace with fewer max_blocks, or leave the GPU to this process"
+            )
         if failure.kind == protocol.TIMED_OUT.value:
             raise PeerTimeout(
                 f"rank {failure.rank} waited in vain for rank {failure.peer} in "

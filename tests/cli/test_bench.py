@@ -104,6 +104,22 @@ class TestOps:
         rows = _run_here(capsys, "verify_chain", "--ranks", "1", "--json", "--iterations", "1")
         assert {json.loads(row)["transport"] for row in rows.out.splitlines()} == {"local"}
 
+    def test_numbers_of_ranks_are_measured_one_after_the_other(self, monkeypatch, capsys):
+        counts, command = [], sys.modules["commfuse.cli.bench"]
+        monkeypatch.setattr(command, "run_again_as_ranks", lambda count, env: counts.append(count))
+        _run_here(capsys, "all_reduce", "--ranks", "1,2,4")
+        assert counts == [1, 2, 4]
+
+    def test_auto_is_a_backend(self, capsys):
+        arguments = ["--ranks", "1", "--json", "--iterations", "1", "--backends", "auto,cpu"]
+        rows = _run_here(capsys, "verify_chain", *arguments).out.splitlines()
+        assert [json.loads(row)["backend"] for row in rows[:2]] == ["auto", "cpu"]
+
+    def test_without_a_gpu_cuda_is_refused(self, monkeypatch, capsys):
+        monkeypatch.setattr("commfuse.testing.gpu_lab.gpu_count", lambda: 0)
+        said = _run_here(capsys, "all_reduce", "--device", "cuda", status=2)
+        assert said.err == "error: --device cuda: there is no GPU here: torch finds none\n"
+
     def test_the_table_marks_what_loses(self, of_worker, capsys):
         rows = [dict(row, emulated="pcie4") for row in of_worker[0][0]]
         rows[0] |= {"times_faster_than_torch": 0.5, "exposed": 1.5}
@@ -170,7 +186,19 @@ BAD = {
     "--backends is empty": ["all_reduce", "--backends", ","],
     "--dtype int8: use bfloat16": ["all_reduce", "--dtype", "int8"],
     "--ranks 0: at least 1": ["all_reduce", "--ranks", "0"],
-    "--device cuda": ["all_reduce", "--device", "cuda"],
+    "--ranks 2,two: a number, or several, as in 2,4,8": ["all_reduce", "--ranks", "2,two"],
+    "--ranks 2,0: at least 1": ["all_reduce", "--ranks", "2,0"],
+    "--device tpu: use cpu or cuda": ["all_reduce", "--device", "tpu"],
+    "attention is not measured on GPUs: use one of all_reduce, ": [
+        *("attention", "--device", "cuda"),
+    ],
+    "unknown backend 'cpu' for all_reduce: use cuda": [
+        *("all_reduce", "--device", "cuda", "--backends", "cpu"),
+    ],
+    "--link: links are emulated between ranks on the CPU": [
+        *("all_reduce", "--device", "cuda", "--link", "pcie4"),
+    ],
+    "--device cuda: bench generate runs on the CPU": ["generate", "--device", "cuda"],
     "--cases some: use quick or all": ["all_reduce", "--cases", "some"],
     "--iterations 0: at least 1": ["all_reduce", "--iterations", "0"],
     "unknown link 'warp'": ["all_reduce", "--link", "warp"],

@@ -111,6 +111,21 @@ def test_opcheck(name, comm):
             torch.library.opcheck(op, args)
 
 
+def test_compiled_without_a_graph_break(comm):
+    def layer(x):
+        y = 2 * x
+        same = ops.all_reduce_(y, comm)
+        return same + 1, ops.reduce_scatter(y, comm), ops.all_gather(y, comm)
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for rows in (2, 6, 4):  # one shape, then any
+        x = torch.randn(rows, 5)
+        before = x.clone()
+        for ours, plain in zip(compiled(x), layer(x), strict=True):
+            assert torch.equal(ours, plain)
+        assert torch.equal(x, before)
+
+
 # ---- backends ----------------------------------------------------------------------------------
 
 

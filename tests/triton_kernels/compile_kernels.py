@@ -4,45 +4,105 @@ A program of its own: Triton decides when it is imported whether it interprets o
 """
 
 import json
+import re
+import subprocess
 import sys
+import tempfile
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from commfuse.triton_kernels.all_reduce import NUM_WARPS, all_reduce_kernel, block_size
+from commfuse.triton_kernels import all_reduce, all_reduce_rms_norm, matmul_all_reduce
 from commfuse.triton_kernels.workspace import Layout
 
 VARIANTS = [(torch.bfloat16, "bf16", 2), (torch.float16, "fp16", 3), (torch.float32, "fp32", 8)]
+HIDDEN = 8192
+SLOT_BYTES, MAX_BLOCKS = 1 << 20, 128
+EVERYWHERE = "float16 W=3"  # of the fused ops; the other variants for compute 9.0 alone
+# Rows and options of the GEMM's variants.
+DECODING = [
+    (1, ()),
+    (64, ("bias", "residual", "norm_weight", "normalised")),
+    (20, ("residual",)),
+]
 
 
-def compile_all_reduce(architecture: int, dtype: torch.dtype, pointee: str, world_size: int):
+def compiled(architecture: int, kernel, signature: dict, constants: dict, num_warps: int):
     """The kernel as it is launched for 16-byte aligned tensors of a multiple of 16 elements."""
-    kernel = all_reduce_kernel
-    constants = {"BLOCK": block_size(dtype), **Layout(world_size, 1 << 16).constants()}
-    signature = dict.fromkeys(kernel.arg_names, "i32")
-    signature |= {"x": f"*{pointee}", "out": f"*{pointee}", "addresses": "*i64"}
-    signature |= dict.fromkeys(constants, "constexpr")
-    aligned = {
-        (kernel.arg_names.index(name),): [["tt.divisibility", 16]]
-        for name in ("x", "out", "addresses", "numel")
-    }
+    types = dict.fromkeys(kernel.arg_names, "i32") | signature
+    types |= dict.fromkeys(constants, "constexpr")
+    sizes = {"numel", "columns", "depth"} - set(kernel.do_not_specialize)
+    aligned = [name for name, kind in types.items() if kind.startswith("*") or name in sizes]
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     return triton.compile(
-        ASTSource(kernel, signature, constants, aligned),
+        ASTSource(kernel, types, constants, attributes),
         target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": NUM_WARPS},
+        options={"num_warps": num_warps},
     )
+
+
+def variants(architecture: int):
+    """(op, variant, compiled kernel)."""
+    for (dtype, pointee, world_size), (rows, options) in zip(VARIANTS, DECODING, strict=True):
+        layout = Layout(world_size, SLOT_BYTES, MAX_BLOCKS)
+        variant = f"{str(dtype).removeprefix('torch.')} W={world_size}"
+        tensor = f"*{pointee}"
+        signature = {"x": tensor, "out": tensor, "addresses": "*i64"}
+        constants = {"BLOCK": all_reduce.block_size(dtype), **layout.constants()}
+        kernel, warps = all_reduce.all_reduce_kernel, all_reduce.NUM_WARPS
+        yield "all_reduce", variant, compiled(architecture, kernel, signature, constants, warps)
+        if architecture != 90 and variant != EVERYWHERE:
+            continue  # each takes seconds
+
+        names = ("x", "residual", "weight", "summed", "normalised")
+        signature = {**dict.fromkeys(names, tensor), "addresses": "*i64", "eps": "fp32"}
+        constants = {"BLOCK": all_reduce_rms_norm.block_size(HIDDEN), **layout.constants()}
+        kernel = all_reduce_rms_norm.all_reduce_rms_norm_kernel
+        warps = all_reduce_rms_norm.num_warps(HIDDEN, dtype)
+        yield (
+            "all_reduce_rms_norm",
+            variant,
+            compiled(architecture, kernel, signature, constants, warps),
+        )
+
+        given = dict.fromkeys(("x", "w", "summed", *options), tensor)
+        absent = {"bias", "residual", "norm_weight", "normalised"} - set(options)
+        signature = {**given, "addresses": "*i64", "eps": "fp32"}
+        constants = {
+            **matmul_all_reduce.compile_constants(rows, HIDDEN, dtype, layout),
+            **dict.fromkeys(absent),
+        }
+        kernel, warps = matmul_all_reduce.matmul_all_reduce_kernel, matmul_all_reduce.NUM_WARPS
+        yield (
+            "matmul_all_reduce",
+            variant,
+            compiled(architecture, kernel, signature, constants, warps),
+        )
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """What ptxas made of it: registers and bytes of stack of a thread, among others."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", text)}
 
 
 def main() -> None:
     results = {}
     for architecture in map(int, sys.argv[1:]):
         results[architecture] = {}
-        for dtype, pointee, world_size in VARIANTS:
-            asm = compile_all_reduce(architecture, dtype, pointee, world_size).asm
-            variant = f"{str(dtype).removeprefix('torch.')} W={world_size}"
-            results[architecture][variant] = {"cubin_bytes": len(asm["cubin"]), "ptx": asm["ptx"]}
+        for op, variant, kernel in variants(architecture):
+            results[architecture].setdefault(op, {})[variant] = {
+                "cubin_bytes": len(kernel.asm["cubin"]),
+                "ptx": kernel.asm["ptx"],
+                "shared_bytes": kernel.metadata.shared,
+                **resources(kernel.asm["cubin"]),
+            }
     json.dump(results, sys.stdout)
 
 

@@ -129,7 +129,9 @@ def test_layout_has_no_overlap(world_size, max_blocks):
     assert world_size <= layout.padded < 2 * world_size
     assert descriptors_end <= layout.generations
     assert layout.generations + 8 * max_blocks <= layout.words
-    assert layout.words + 8 * 2 * 2 * max_blocks * layout.padded <= layout.payload
+    assert layout.words + 8 * 2 * 2 * max_blocks * layout.padded <= layout.arrivals
+    assert layout.arrivals + 8 * max_blocks <= layout.squares
+    assert layout.squares + 4 * max_blocks * 64 <= layout.payload
     assert layout.payload % 16 == layout.slot_bytes % 4096 == 0
     assert layout.payload + 2 * layout.half_stride == layout.nbytes <= nbytes
     assert layout.nbytes + 2 * world_size * 4096 > nbytes  # a larger slot would not fit

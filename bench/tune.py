@@ -1,0 +1,185 @@
+"""``commfuse tune``: measures on these GPUs from where on another way of doing a call is faster."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from commfuse import ops
+from commfuse.bench.peers import gemm_then_all_reduce
+from commfuse.bench.provenance import gpu_provenance, provenance
+from commfuse.bench.timing import Cell, measure
+from commfuse.errors import BackendUnavailable
+from commfuse.runtime import launch, tuning
+from commfuse.runtime.communicator import Communicator
+from commfuse.testing.adapters import adapter_of
+from commfuse.testing.cases import Case
+from commfuse.testing.gpu_cases import HIDDEN
+
+MESSAGES = tuple(1 << exponent for exponent in range(10, 25))  # 1 KB to 16 MB
+ROWS = (1, 8, 16, 32, 48, 64)
+REPLAYS = 10
+# The thresholds that force each way of an all-reduce, and the largest message it is tried with:
+# flags among the data double what is sent, and one shot sends it to everybody.
+EVERYTHING = 1 << 40
+WAYS = {
+    "one_shot": ((EVERYTHING, EVERYTHING), 1 << 20),
+    "lines": ((0, EVERYTHING), 4 << 20),
+    "bulk": ((0, 0), MESSAGES[-1]),
+}
+
+
+def run_rank() -> None:
+    """Measures on this rank and its peers; rank 0 writes the user's table and says what it holds.
+
+    Raises:
+        BackendUnavailable: our CUDA kernels cannot run here.
+        CommfuseError: a call failed.
+    """
+    launch.join_job()
+    device = launch.use_gpu()
+    name = torch.cuda.get_device_name(device)
+    try:
+        with (
+            torch.inference_mode(),
+            torch.cuda.stream(torch.cuda.Stream()),
+            Communicator(dist.group.WORLD, device=device) as comm,
+        ):
+            if not comm.serves_gpu:
+                raise BackendUnavailable(f"nothing to tune: {comm.transport_reason}")
+            messages = measure_messages(comm)
+            fused = measure_fused(comm)
+            one_shot, lines = thresholds(messages)
+            table = tuning.Table(one_shot, lines, most_rows(fused))
+            origin = {"setting": gpu_provenance(comm)["setting"], **_origin()}
+            if comm.rank == 0:
+                path = tuning.save(name, {comm.world_size: table}, origin)
+                _say(name, origin["setting"], messages, fused, table)
+                print(f"{comm.world_size} ranks: written to {path}", flush=True)
+    finally:
+        dist.destroy_process_group()
+
+
+def _origin() -> dict[str, object]:
+    found = provenance()
+    return {key: found[key] for key in ("date_utc", "commfuse", "git_commit", "torch")}
+
+
+def measure_messages(comm: Communicator) -> dict[str, dict[int, float]]:
+    """Microseconds of an all-reduce, by way and by bytes."""
+    native, times = comm._native, {way: {} for way in WAYS}
+    for nbytes in MESSAGES:
+        x = torch.zeros(nbytes // 2, dtype=torch.bfloat16, device=str(comm.device))
+        cells = []
+        for way, (forced, most) in WAYS.items():
+            if nbytes > most:
+                continue
+
+            def call(x=x, forced=forced):
+                native.set_all_reduce_thresholds(*forced)
+                return ops.all_reduce(x, comm, "cuda")
+
+            call()
+            cells.append(Cell(way, [call]))
+        for way, time in measure(cells, comm, REPLAYS).items():
+            times[way][nbytes] = time.p50_us
+    return times
+
+
+def measure_fused(comm: Communicator) -> dict[str, dict[int, float]]:
+    """Microseconds of a row-parallel layer with its tail, fused or not, by rows."""
+    native, times = comm._native, {"fused": {}, "unfused": {}}
+    default = tuning.Table()
+    native.set_all_reduce_thresholds(default.one_shot_bytes, default.lines_bytes)
+    for rows in ROWS:
+        dimensions = (("m", rows), ("k", HIDDEN // comm.world_size), ("n", HIDDEN))
+        case = Case("matmul_all_reduce", dimensions, ("residual", "norm"))
+        adapter = adapter_of(case, torch.bfloat16, comm.world_size, str(comm.device))
+        mine = adapter.inputs()[comm.rank]
+        cache = torch.cuda.get_device_properties(comm.device).L2_cache_size
+        copies = [
+            adapter.duplicate(mine, "cuda")
+            for _ in range(4 * cache // adapter.streamed_bytes() + 1)
+        ]
+        ways = {
+            "fused": lambda inputs, adapter=adapter: adapter.call(inputs, comm, "cuda"),
+            "unfused": lambda inputs: gemm_then_all_reduce(inputs, comm, "cuda"),
+        }
+        cells = []
+        for way, call in ways.items():
+            call(mine)
+            cells.append(Cell(way, [lambda i=i, call=call: call(i) for i in copies]))
+        for way, time in measure(cells, comm, REPLAYS).items():
+            times[way][rows] = time.p50_us
+    return times
+
+
+def thresholds(times: Mapping[str, Mapping[int, float]]) -> tuple[int, int]:
+    """(one_shot_bytes, lines_bytes) that lose least against the fastest way of every size.
+
+    A loss counts by its ratio; between equal ones the smaller thresholds win.
+
+    Args:
+        times: microseconds by way and bytes; a way that is missing at a size cannot be used there.
+    """
+    sizes = sorted(times["bulk"])
+    best = {size: min(ways[size] for ways in times.values() if size in ways) for size in sizes}
+
+    def loss(pair: tuple[int, int]) -> float:
+        total = 0.0
+        for size in sizes:
+            way = "one_shot" if size <= pair[0] else "lines" if size <= pair[1] else "bulk"
+            if size not in times[way]:
+                return float("inf")
+            total += np.log(times[way][size] / best[size])
+        return total
+
+    candidates = [0, *sizes]
+    pairs = [(a, b) for a, b in itertools.product(candidates, candidates) if a <= b]
+    return min(pairs, key=loss)
+
+
+def most_rows(times: Mapping[str, Mapping[int, float]]) -> int:
+    """The most rows to fuse, so that what is lost against the faster way of every size is least."""
+    rows = sorted(times["fused"])
+
+    def loss(most: int) -> float:
+        return sum(
+            np.log(
+                times["fused" if m <= most else "unfused"][m] / min(t[m] for t in times.values())
+            )
+            for m in rows
+        )
+
+    return min([0, *rows], key=loss)
+
+
+def _say(
+    name: str,
+    setting: str,
+    messages: Mapping[str, Mapping[int, float]],
+    fused: Mapping[str, Mapping[int, float]],
+    table: tuning.Table,
+) -> None:
+    print(f"{name}, {setting}; median us per call, slowest rank")
+    _print_lines("all_reduce, KB", messages, [f"{size >> 10}" for size in MESSAGES])
+    _print_lines("matmul_all_reduce, rows", fused, [str(rows) for rows in ROWS])
+    print(
+        f"one shot to {table.one_shot_bytes >> 10} KB, flags among the data to "
+        f"{table.lines_bytes >> 10} KB, fused to {table.fused_rows} rows"
+    )
+
+
+def _print_lines(
+    title: str, times: Mapping[str, Mapping[int, float]], heads: Sequence[str]
+) -> None:
+    print(f"{title:>24}" + "".join(f"{head:>8}" for head in heads))
+    for way, by_size in times.items():
+        cells = [f"{time:8.1f}" for time in by_size.values()]
+        print(f"{way:>24}" + "".join(cells))
+    sys.stdout.flush()

@@ -1,0 +1,56 @@
+"""``commfuse tune``: how it chooses, and what bad input gets."""
+
+import pytest
+
+from commfuse.bench.tune import most_rows, thresholds
+from commfuse.cli.tune import tune
+from commfuse.errors import UsageError
+
+SIZES = (1024, 2048, 4096, 8192)
+
+
+def times(*ways: tuple[float, ...]) -> dict[str, dict[int, float]]:
+    """Of the three ways in order; a shorter one is not possible at the last sizes."""
+    names = ("one_shot", "lines", "bulk")
+    return {
+        name: dict(zip(SIZES, way, strict=False)) for name, way in zip(names, ways, strict=True)
+    }
+
+
+@pytest.mark.parametrize(
+    ("measured", "chosen"),
+    [
+        (times((1, 1, 9, 9), (2, 2, 2, 9), (3, 3, 3, 3)), (2048, 4096)),
+        (times((9, 9, 9, 9), (9, 9, 9, 9), (3, 3, 3, 3)), (0, 0)),
+        (times((1, 1, 1, 1), (2, 2, 2, 2), (3, 3, 3, 3)), (8192, 8192)),
+        (times((1, 1), (2, 2, 2), (3, 3, 3, 3)), (2048, 4096)),
+        (times((1, 1, 9, 9), (2, 2, 9, 9), (3, 3, 3, 3)), (2048, 2048)),
+        # One noisy size does not cut off those above it.
+        (times((1, 3.1, 1, 9), (9, 9, 9, 9), (3, 3, 3, 3)), (4096, 4096)),
+    ],
+)
+def test_thresholds_lose_least_against_the_fastest_way(measured, chosen):
+    assert thresholds(measured) == chosen
+
+
+def test_rows_are_fused_as_long_as_that_is_faster():
+    unfused = {1: 10.0, 8: 10.0, 32: 10.0, 64: 10.0}
+    for fused, most in (((9, 9, 9, 11), 32), ((11, 11, 11, 11), 0), ((9, 10.1, 9, 9), 64)):
+        measured = dict(zip(unfused, map(float, fused), strict=True))
+        assert most_rows({"fused": measured, "unfused": unfused}) == most
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "cpu"}, "--device cpu: only GPUs are tuned"),
+        ({"ranks": "1,2"}, "--ranks 1,2: at least 2"),
+        ({"ranks": "two"}, "--ranks two: a number, or several"),
+        ({}, "--device cuda"),
+    ],
+)
+def test_bad_input_is_refused(options, message, monkeypatch):
+    # A machine with a GPU is one without, here.
+    monkeypatch.setattr("commfuse.testing.gpu_lab.gpu_count", lambda: 0)
+    with pytest.raises(UsageError, match=message):
+        tune(**{"device": "cuda", "ranks": None, **options})
