@@ -112,7 +112,9 @@ def openmp_link_flags() -> list[str]:
 
 def extension() -> Extension:
     """``commfuse._C`` from csrc/**/*.cpp, with csrc/**/*.cu where CUDA can be built."""
-    sources = relative("*.cpp")
+    # *_cuda.cpp: the host's side of CUDA, which needs its headers too.
+    of_cuda = relative("*_cuda.cpp") + relative("*.cu")
+    sources = [source for source in relative("*.cpp") if source not in of_cuda]
     headers = relative("*.h") + relative("*.hpp") + relative("*.cuh") + relative("*.inc")
     if not sources:
         raise SystemExit("commfuse: csrc/ holds no C++ sources; is this a complete source tree?")
@@ -145,7 +147,7 @@ def extension() -> Extension:
     }
     if no_cuda is None:
         options["define_macros"] = [("COMMFUSE_WITH_CUDA", None)]
-        built = cpp_extension.CUDAExtension("commfuse._C", sources + relative("*.cu"), **options)
+        built = cpp_extension.CUDAExtension("commfuse._C", sources + of_cuda, **options)
     else:
         built = cpp_extension.CppExtension("commfuse._C", sources, **options)
     built.commfuse_no_cuda = no_cuda

@@ -11,6 +11,7 @@
 #include "runtime/segment.h"
 #include "vocab_parallel_argmax/winner.h"
 #ifdef COMMFUSE_WITH_CUDA
+#include "gpu/attachment.h"
 #include "runtime/gpu_links.h"
 #endif
 
@@ -45,6 +46,13 @@ at::Tensor workspace(const std::shared_ptr<Communicator>& communicator, int rank
       communicator->workspace(rank), {static_cast<int64_t>(communicator->workspace_bytes())},
       [communicator](void*) {}, at::kByte);
 }
+
+#ifdef COMMFUSE_WITH_CUDA
+gpu::Attachment& attachment(const Communicator& communicator) {
+  TORCH_CHECK_VALUE(communicator.gpu(), "the communicator has no memory on a GPU");
+  return *communicator.gpu();
+}
+#endif
 
 }  // namespace
 
@@ -81,6 +89,7 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("native_atomics", &GpuLink::native_atomics)
       .def_readonly("performance_rank", &GpuLink::performance_rank);
   m.def("gpu_links", &gpu_links);
+  m.def("gpu_workspace_bytes", &gpu::workspace_bytes, py::arg("world"), py::arg("slot_bytes"));
 #endif
 
   py::class_<SegmentServer>(m, "SegmentServer")
@@ -106,7 +115,8 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("block", &TraceEvent::block);
 
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
-  py::class_<Communicator, std::shared_ptr<Communicator>>(m, "Communicator")
+  py::class_<Communicator, std::shared_ptr<Communicator>> communicator(m, "Communicator");
+  communicator
       .def(py::init<>())
       .def_static(
           "serve",
@@ -141,6 +151,31 @@ PYBIND11_MODULE(_C, m) {
       .def("start_trace", &Communicator::start_trace)
       .def("stop_trace", &Communicator::stop_trace)
       .def("set_publish_delay_us", &Communicator::set_publish_delay_us);
+#ifdef COMMFUSE_WITH_CUDA
+  communicator
+      .def(
+          "attach_gpu",
+          [](Communicator& c, int device, const std::vector<uint64_t>& addresses,
+             int64_t slot_bytes, int max_blocks) {
+            c.attach_gpu(std::make_shared<gpu::Attachment>(c, device, addresses, slot_bytes,
+                                                           max_blocks));
+          },
+          py::arg("device"), py::arg("addresses"), py::arg("slot_bytes"), py::arg("max_blocks"))
+      .def("detach_gpu", [](Communicator& c) { c.attach_gpu(nullptr); })
+      .def("add_gpu_buffer",
+           [](const Communicator& c, const std::vector<uint64_t>& addresses, int64_t bytes) {
+             attachment(c).add_buffer(addresses, bytes);
+           },
+           py::arg("addresses"), py::arg("bytes"))
+      .def("set_all_reduce_thresholds",
+           [](const Communicator& c, int64_t one_shot_bytes, int64_t lines_bytes) {
+             attachment(c).thresholds = {one_shot_bytes, lines_bytes};
+           },
+           py::arg("one_shot_bytes"), py::arg("lines_bytes"))
+      .def("set_fused_rows",
+           [](const Communicator& c, int64_t rows) { attachment(c).fused_rows = rows; },
+           py::arg("rows"));
+#endif
 }
 
 }  // namespace commfuse

@@ -20,7 +20,7 @@ at::Tensor all_reduce_of_tensor(const at::Tensor& x, int64_t handle) {
   return out;
 }
 
-void all_reduce_in_place_of_tensor(at::Tensor& x, int64_t handle) {
+void all_reduce_in_place_of_tensor(const at::Tensor& x, int64_t handle) {
   GpuCall call(x, handle);
   const DType dtype = dtype_of_tensor(x, "x");
   if (call.world() == 1) return call.communicator.check();

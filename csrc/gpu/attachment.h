@@ -32,6 +32,7 @@ class Attachment {
   int max_blocks() const { return max_blocks_; }
   const Workspace& workspace() const { return workspace_; }
   Thresholds thresholds;
+  int64_t fused_rows = 64;  // the most for which matmul_all_reduce is one kernel
 
   // Before each launch. Throws the communicator's failure, or ConcurrentUseError where another
   // stream's calls are still running.

@@ -91,12 +91,13 @@ struct Row {
     constexpr int kElements = kPackElements<T>;
     const int64_t first = pack * kElements;
     if (aligned && first + kElements <= n) return reinterpret_cast<const uint2*>(data)[pack];
-    alignas(8) std::remove_const_t<T> values[kElements];
+    uint2 value = {0, 0};
+    auto* elements = reinterpret_cast<std::remove_const_t<T>*>(&value);
 #pragma unroll
     for (int i = 0; i < kElements; ++i) {
-      values[i] = first + i < n ? data[first + i] : std::remove_const_t<T>(0.0f);
+      if (first + i < n) elements[i] = data[first + i];
     }
-    return reinterpret_cast<const uint2&>(values);
+    return value;
   }
   // What another block has stored in the meantime: from the L2 cache.
   __device__ __forceinline__ uint2 load_uncached(int64_t pack) const {
@@ -104,12 +105,16 @@ struct Row {
     const int64_t first = pack * kElements;
     if (aligned && first + kElements <= n)
       return __ldcg(reinterpret_cast<const uint2*>(data) + pack);
-    alignas(8) std::remove_const_t<T> values[kElements];
+    using Bits = std::conditional_t<sizeof(T) == 2, unsigned short, unsigned int>;
+    uint2 value = {0, 0};
 #pragma unroll
     for (int i = 0; i < kElements; ++i) {
-      values[i] = first + i < n ? __ldcg(data + first + i) : std::remove_const_t<T>(0.0f);
+      if (first + i < n) {
+        reinterpret_cast<Bits*>(&value)[i] =
+            __ldcg(reinterpret_cast<const Bits*>(data) + first + i);
+      }
     }
-    return reinterpret_cast<const uint2&>(values);
+    return value;
   }
   __device__ __forceinline__ void store(int64_t pack, uint2 value) const {
     constexpr int kElements = kPackElements<T>;
@@ -118,11 +123,10 @@ struct Row {
       reinterpret_cast<uint2*>(data)[pack] = value;
       return;
     }
-    alignas(8) T values[kElements];
-    reinterpret_cast<uint2&>(values) = value;
+    const T* elements = reinterpret_cast<const T*>(&value);
 #pragma unroll
     for (int i = 0; i < kElements; ++i) {
-      if (first + i < n) data[first + i] = values[i];
+      if (first + i < n) data[first + i] = elements[i];
     }
   }
 };

@@ -16,8 +16,9 @@ namespace {
 // one another. What a capture allocates belongs to its graph, so every capture has its own.
 void* kept_workspace(size_t bytes, int device, cudaStream_t stream) {
   static std::mutex mutex;
-  static auto& kept = *new std::map<std::tuple<int, cudaStream_t, unsigned long long>,
-                                    std::vector<at::Tensor>>;  // the older ones stay: graphs hold them
+  static auto& kept =
+      *new std::map<std::tuple<int, cudaStream_t, unsigned long long>,
+                    std::vector<at::Tensor>>;  // the older ones stay: graphs hold them
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   unsigned long long capture = 0;
   C10_CUDA_CHECK(cudaStreamGetCaptureInfo(stream, &status, &capture));
@@ -27,8 +28,8 @@ void* kept_workspace(size_t bytes, int device, cudaStream_t stream) {
   if (own.empty() || own.back().nbytes() < bytes) {
     constexpr size_t kGranule = 4 << 20;
     const int64_t size = static_cast<int64_t>((bytes + kGranule - 1) / kGranule * kGranule);
-    own.push_back(at::zeros({size}, at::device({at::kCUDA, static_cast<c10::DeviceIndex>(device)})
-                                        .dtype(at::kByte)));
+    own.push_back(at::zeros(
+        {size}, at::device({at::kCUDA, static_cast<c10::DeviceIndex>(device)}).dtype(at::kByte)));
   }
   return own.back().mutable_data_ptr();
 }
@@ -81,7 +82,8 @@ at::Tensor matmul_of_tensors(const at::Tensor& x, const at::Tensor& weight, int6
     const cudaStream_t stream = c10::cuda::getCurrentCUDAStream(x.device().index()).stream();
     static const int blocks = multiprocessors(device);
     y = at::empty({x.size(0), n}, x.options());
-    matmul(matmul_args(x, weight, blocks, stream), data_or_null(bias), y.mutable_data_ptr(), stream);
+    matmul(matmul_args(x, weight, blocks, stream), data_or_null(bias), y.mutable_data_ptr(),
+           stream);
     wrote(device, stream, {range_of(y)});
   } else {
     y = at::linear(x, weight, bias);

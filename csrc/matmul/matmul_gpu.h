@@ -35,8 +35,8 @@ MatmulPlan matmul_plan(int64_t n, int64_t k, int max_blocks);
 size_t matmul_gpu_workspace_bytes(const MatmulPlan& plan);
 
 struct MatmulGpuArgs {
-  const void* x;  // [m, k]
-  const void* w;  // [n, k]
+  const void* x;    // [m, k]
+  const void* w;    // [n, k]
   int64_t m, n, k;  // 1 <= m <= kMatmulGpuMaxRows
   DType dtype;      // bfloat16 or float16; sums are float32
   MatmulPlan plan;

@@ -10,9 +10,9 @@
 namespace commfuse {
 namespace {
 
-// Payload of one slice. Adding a slice that the weights have meanwhile pushed out of the caches goes
-// faster in long runs: 16 KiB cost a third more. Above 64 KiB the exchange of the last slice, which
-// nothing hides, would show.
+// Payload of one slice. Adding a slice that the weights have meanwhile pushed out of the caches
+// goes faster in long runs: 16 KiB cost a third more. Above 64 KiB the exchange of the last slice,
+// which nothing hides, would show.
 constexpr int64_t kSliceBytes = 64 * 1024;
 
 // Where the columns are cut. A function of the output's shape alone: ranks must cut alike, and

@@ -1,5 +1,6 @@
 // The fused kernel for few rows; else a GEMM of torch's and our all-reduce.
 #include <ATen/ops/add.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/linear.h>
 
 #include "all_reduce_rms_norm/all_reduce_rms_norm_cuda.h"
@@ -22,7 +23,8 @@ std::pair<at::Tensor, at::Tensor> unfused(GpuCall& call, const Descriptor& descr
                                           const Tail& tail) {
   const at::Tensor product = at::linear(x, w);
   std::optional<at::Tensor> addend = tail.residual;
-  if (tail.bias) addend = addend ? at::add(*addend, *tail.bias) : tail.bias->expand_as(product).contiguous();
+  if (tail.bias)
+    addend = addend ? at::add(*addend, *tail.bias) : tail.bias->expand_as(product).contiguous();
   at::Tensor out = at::empty_like(product), y;
   if (!tail.norm_weight) {
     const auto algorithm = all_reduce_algorithm(call.gpu(), static_cast<int64_t>(product.nbytes()));
@@ -46,8 +48,8 @@ std::pair<at::Tensor, at::Tensor> unfused(GpuCall& call, const Descriptor& descr
   return {out, y};
 }
 
-std::pair<at::Tensor, at::Tensor> summed_product(const at::Tensor& x, const at::Tensor& w, int64_t n,
-                                                 int64_t handle, const Tail& tail) {
+std::pair<at::Tensor, at::Tensor> summed_product(const at::Tensor& x, const at::Tensor& w,
+                                                 int64_t n, int64_t handle, const Tail& tail) {
   GpuCall call(x, handle);
   const DType dtype = dtype_of_tensor(x, "x");
   check_matrix(x, "x");
@@ -64,7 +66,7 @@ std::pair<at::Tensor, at::Tensor> summed_product(const at::Tensor& x, const at::
   const Workspace& workspace = call.gpu().workspace();
   const int64_t bytes = m * n * static_cast<int64_t>(size_of(dtype));
   const bool two_shot = call.world() > 2 && bytes > call.gpu().thresholds.one_shot;
-  const bool fused = dtype != DType::float32 && m > 0 && n > 0 &&
+  const bool fused = dtype != DType::float32 && m > 0 && n > 0 && m <= call.gpu().fused_rows &&
                      matmul_all_reduce_fits(workspace, m, n, two_shot);
   TORCH_CHECK_VALUE(x.size(1) > 0, "x has 0 columns; every rank needs a part of K");
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from commfuse import _extension
 from commfuse.errors import BackendUnavailable, CommunicatorClosed, UsageError
-from commfuse.runtime import symmetric
+from commfuse.runtime import symmetric, tuning
 from commfuse.runtime.link import Link
 
 SHARED_MEMORY = "shared memory"
@@ -89,6 +90,8 @@ class Communicator:
         device: see above, with its index.
         transport: what was chosen; ``"local"`` for a group of one.
         transport_reason: why ``"auto"`` fell back to torch.distributed, or None.
+        table: the crossovers by which kernels on GPUs are chosen, rank 0's; None on the CPU.
+        table_source: where the table comes from, in words.
 
     Example:
         >>> torch.distributed.init_process_group("gloo")
@@ -145,9 +148,12 @@ class Communicator:
         self._native = None
         self._messages: symmetric.SymmetricBuffer | None = None
         self._workspace: symmetric.SymmetricBuffer | None = None
+        self._tensors: list[symmetric.SymmetricBuffer] = []
         self._torch_symmetric: symmetric.TorchAllReduce | None = None
         self._payload_bytes = 0
         self.transport_reason: str | None = None
+        self.table: tuning.Table | None = None
+        self.table_source: str | None = None
         if self.world_size == 1:
             self.transport = LOCAL
             if _extension.module is not None:
@@ -197,10 +203,55 @@ class Communicator:
         slot_bytes = -(-payload_bytes // GPU_SLOT_ALIGNMENT) * GPU_SLOT_ALIGNMENT
         nbytes = _extension.require().gpu_workspace_bytes(self.world_size, slot_bytes)
         self._messages = symmetric.SymmetricBuffer(self.group, nbytes, self.device)
-        self._native.attach_gpu(self.device.index, self._messages.addresses, nbytes, slot_bytes)
+        properties = torch.cuda.get_device_properties(self.device)
+        # Grids must be alike on all ranks, and so must what is chosen by the table: rank 0's.
+        mine = (properties.multi_processor_count, None)
+        if self.rank == 0:
+            mine = (mine[0], tuning.load(properties.name, self.world_size))
+        everybody = self._gather(mine) if self.world_size > 1 else [mine]
+        self._native.attach_gpu(
+            self.device.index,
+            self._messages.addresses,
+            slot_bytes,
+            min(multiprocessors for multiprocessors, _ in everybody),
+        )
+        self.table, self.table_source = everybody[0][1]
+        self._native.set_all_reduce_thresholds(self.table.one_shot_bytes, self.table.lines_bytes)
+        self._native.set_fused_rows(self.table.fused_rows)
         self._payload_bytes = slot_bytes
         if workspace_bytes:
             self._workspace = symmetric.SymmetricBuffer(self.group, workspace_bytes, self.device)
+        if self.world_size > 1:
+            self._native.barrier()  # nobody calls before all have loaded their kernels
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor, all zeros, in memory that every rank's GPU maps.
+
+        :func:`~commfuse.ops.all_reduce_` reduces a large one in place, with no copy in between.
+        Collective: all ranks call with the same shape and dtype, and not while a graph is captured.
+        The memory is released by :meth:`close`.
+
+        Args:
+            shape: of the tensor.
+            dtype: bfloat16, float16 or float32.
+
+        Raises:
+            BackendUnavailable: the communicator shares no GPU memory.
+
+        Example:
+            >>> x = comm.empty((1024, 8192), torch.bfloat16)
+            >>> ops.all_reduce_(x.copy_(partial), comm)
+        """
+        if not self.serves_gpu:
+            raise BackendUnavailable(
+                f"transport {self.transport!r} on {self.device.type} shares no GPU memory"
+            )
+        numel = math.prod(shape)
+        nbytes = max(16, -(-numel * dtype.itemsize // 16) * 16)
+        buffer = symmetric.SymmetricBuffer(self.group, nbytes, self.device)
+        self._native.add_gpu_buffer(buffer.addresses, nbytes)
+        self._tensors.append(buffer)
+        return buffer.local.view(dtype)[:numel].view(*shape)
 
     def _share_memory(self, payload_bytes: int, workspace_bytes: int):
         native = _extension.require()
@@ -400,7 +451,10 @@ class Communicator:
             finally:
                 if self._native is not None:
                     self._native.close()
-                for buffer in (self._messages, self._workspace, self._torch_symmetric):
+                    if self.serves_gpu:
+                        self._native.detach_gpu()
+                shared = (self._messages, self._workspace, self._torch_symmetric, *self._tensors)
+                for buffer in shared:
                     if buffer is not None:
                         buffer.close()
 
