@@ -37,13 +37,13 @@ from .workspace import DTYPES, OPS, Layout, Workspace, call_tag, options_code
 MAX_COLUMNS = 1 << 20  # elements of one block of values in Triton
 
 
-@triton.jit(do_not_specialize=["rank", "rows", "op", "dtype", "all_rows", "options", "tag",
+@triton.jit(do_not_specialize=["rank", "rows", "op", "dtype", "all_rows", "optional", "tag",
                                "max_polls"])  # fmt: skip
 def all_reduce_rms_norm_kernel(
     x, residual, weight,  # [rows, columns], [rows, columns] or None, [columns]
     summed, normalised,  # [rows, columns]
     addresses,  # int64 [W]
-    rank, rows, columns, eps, op, dtype, all_rows, options, tag, max_polls,
+    rank, rows, columns, eps, op, dtype, all_rows, optional, tag, max_polls,
     BLOCK: tl.constexpr, W: tl.constexpr, PADDED: tl.constexpr, MAX_BLOCKS: tl.constexpr,
     GENERATIONS: tl.constexpr, WORDS: tl.constexpr,
     PAYLOAD: tl.constexpr, HALF: tl.constexpr, SLOT: tl.constexpr,
@@ -70,7 +70,7 @@ def all_reduce_rms_norm_kernel(
                 tl.store(slot + row * columns + column, value, mask=mask)
             row += grid
         if block == 0:
-            describe(addresses, rank, generation, op, dtype, all_rows, columns, options, W, PADDED)
+            describe(addresses, rank, generation, op, dtype, all_rows, columns, optional, W, PADDED)
         signal(addresses, rank, generation, tag, 0, block, W, PADDED, MAX_BLOCKS, WORDS)
 
         # What no peer has a part in is loaded while their data is on its way.

@@ -101,13 +101,13 @@ def _advance(total, step, steps, x, w, block, grid, addresses, rank, generation,
     return total
 
 
-@triton.jit(do_not_specialize=["rank", "rows", "op", "dtype", "options", "tag", "max_polls"])
+@triton.jit(do_not_specialize=["rank", "rows", "op", "dtype", "optional", "tag", "max_polls"])
 def matmul_all_reduce_kernel(
     x, w,  # [rows, depth], [columns, depth]
     bias, residual, norm_weight,  # [columns], [rows, columns], [columns]; None each
     summed, normalised,  # [rows, columns]; without norm_weight the latter is None
     addresses,  # int64 [W]
-    rank, rows, columns, depth, eps, op, dtype, options, tag, max_polls,
+    rank, rows, columns, depth, eps, op, dtype, optional, tag, max_polls,
     TILE: tl.constexpr, STEP: tl.constexpr, PADDED_ROWS: tl.constexpr, STAGES: tl.constexpr,
     W: tl.constexpr, PADDED: tl.constexpr, MAX_BLOCKS: tl.constexpr,
     GENERATIONS: tl.constexpr, WORDS: tl.constexpr,
@@ -142,7 +142,7 @@ def matmul_all_reduce_kernel(
                     rows, columns, depth, TILE, STEP, PADDED_ROWS, W, PAYLOAD, HALF, SLOT,
                 )  # fmt: skip
         if block == 0:
-            describe(addresses, rank, generation, op, dtype, rows, columns, options, W, PADDED)
+            describe(addresses, rank, generation, op, dtype, rows, columns, optional, W, PADDED)
         signal(addresses, rank, generation, tag, 0, block, W, PADDED, MAX_BLOCKS, WORDS)
         status = wait(
             addresses, rank, generation, tag, 0, block, max_polls, W, PADDED, MAX_BLOCKS, WORDS

@@ -146,8 +146,8 @@ def cpu_obstacle(comm: Communicator | None, query: Query) -> str | None:
     return None
 
 
-def cuda_obstacle(comm: Communicator | None, query: Query) -> str | None:
-    """Why our CUDA kernels cannot serve a query, or None."""
+def cuda_kernel_obstacle(comm: Communicator | None, query: Query) -> str | None:
+    """Why our CUDA kernels that need no communicator cannot serve a query, or None."""
     if query.device != "cuda":
         return f"runs on a GPU, not on {query.device}"
     if why := _extension.why_no_cuda():
@@ -156,6 +156,13 @@ def cuda_obstacle(comm: Communicator | None, query: Query) -> str | None:
         return f"takes bfloat16, float16 and float32, not {query.dtype}"
     if query.packed:
         return "takes plain weights [n, k]; this one is packed for the CPU"
+    return None
+
+
+def cuda_obstacle(comm: Communicator | None, query: Query) -> str | None:
+    """Why our CUDA kernels cannot serve a query, or None."""
+    if why := cuda_kernel_obstacle(comm, query):
+        return why
     if comm is None or comm.device.type != "cuda":
         return "the communicator is for the CPU; make it with Communicator(group, device='cuda')"
     if not comm.serves_gpu:

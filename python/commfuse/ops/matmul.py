@@ -8,7 +8,14 @@ import torch
 import torch.nn.functional as F
 
 from commfuse import _extension
-from commfuse.ops._registry import Backend, Op, cpu_obstacle, define, torch_obstacle
+from commfuse.ops._registry import (
+    Backend,
+    Op,
+    cpu_obstacle,
+    cuda_kernel_obstacle,
+    define,
+    torch_obstacle,
+)
 
 # Of csrc/cpu/kernel_table.h: outputs of one vector.
 LANES = 16
@@ -125,6 +132,10 @@ def _cpu(x, w, bias, float32_out):
     return _matmul(x, w.data, w.n, bias, w.gate_up, w.out_features, float32_out)
 
 
+def _cuda(x, w, bias, float32_out):
+    return _matmul(x, w, w.shape[0], bias, False, w.shape[0], float32_out)
+
+
 def _torch(x, w, bias, float32_out):
     if isinstance(w, PackedWeight):
         return _cpu(x, w, bias, float32_out)
@@ -132,7 +143,14 @@ def _torch(x, w, bias, float32_out):
     return y.float() if float32_out else y
 
 
-OP = Op("matmul", (Backend("cpu", _cpu, cpu_obstacle), Backend("torch", _torch, torch_obstacle)))
+OP = Op(
+    "matmul",
+    (
+        Backend("cpu", _cpu, cpu_obstacle),
+        Backend("cuda", _cuda, cuda_kernel_obstacle),
+        Backend("torch", _torch, torch_obstacle),
+    ),
+)
 
 
 def matmul(
@@ -150,10 +168,13 @@ def matmul(
 
     Args:
         x: [rows, k], contiguous; bfloat16, float16 or float32.
-        w: a :class:`PackedWeight`, or a tensor [n, k] for torch's own GEMM.
+        w: on the CPU a :class:`PackedWeight`, or a tensor [n, k] for torch's own GEMM; on a GPU a
+            tensor [n, k].
         bias: [n] in packed order, or None.
         float32_out: return the float32 sums instead of rounding them to ``x``'s dtype.
-        backend: ``"auto"``, ``"cpu"`` or ``"torch"``.
+        backend: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"torch"``. ``"cuda"`` has a kernel of its own
+            for up to 64 rows of bfloat16 or float16, which streams the weights once; the rest goes
+            to torch's GEMM.
 
     Returns:
         [rows, out_features].
