@@ -100,7 +100,6 @@ __device__ __forceinline__ bool segment_at(const MatmulPlan& plan, int block, in
   }
   const int index = i * plan.blocks + block;
   if (index >= plan.rest * plan.splits) return false;
-  // Neighbouring blocks have the same k of neighbouring tiles, so that a cluster can share x.
   const int part = index / plan.rest;
   *s = {index - part * plan.rest, plan.splits == 1 ? -1 : part,
         static_cast<int>(static_cast<int64_t>(plan.chunks) * part / plan.splits),
@@ -226,18 +225,6 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// The barrier at the same place in another block of the cluster.
-__device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, int rank) {
-  asm volatile(
-      "{\n"
-      ".reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
-      "}" ::"r"(barrier),
-      "r"(rank)
-      : "memory");
-}
-
 // Not a wait for a peer: what completes these barriers are the block's own copies and warps.
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
@@ -253,33 +240,6 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       : "memory");
 }
 
-__device__ __forceinline__ void barrier_wait_cluster(uint32_t barrier, uint32_t parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra over;\n"
-      "bra again;\n"
-      "over:\n"
-      "}" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
-}
-
-__device__ __forceinline__ void cluster_barrier() {
-  asm volatile(
-      "barrier.cluster.arrive.release.aligned;\n"
-      "barrier.cluster.wait.acquire.aligned;" ::
-          : "memory");
-}
-
-__device__ __forceinline__ int cluster_rank() {
-  int rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-
 // L2 eviction priorities, as createpolicy.fractional makes them.
 constexpr uint64_t kEvictFirst = 0x12F0000000000000;
 constexpr uint64_t kEvictLast = 0x14F0000000000000;
@@ -292,16 +252,6 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap& tensor,
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
       "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
       "l"(&tensor), "r"(k), "r"(row), "r"(barrier), "l"(policy)
-      : "memory");
-}
-
-// The same to all blocks of the cluster in `mask`, at the same place, on their barriers.
-__device__ __forceinline__ void copy_box_to(uint32_t to, const CUtensorMap& tensor, int k, int row,
-                                            uint32_t barrier, uint64_t policy, uint16_t mask) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      ".multicast::cluster.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(to),
-      "l"(&tensor), "r"(k), "r"(row), "r"(barrier), "h"(mask), "l"(policy)
       : "memory");
 }
 
@@ -380,9 +330,9 @@ struct RingPosition {
   }
 };
 
-// kCluster neighbouring blocks compute tiles of the same k: each fetches a share of x for all of
-// them. It changes no bit of the result.
-template <class T, int kRows, int kCluster, class Epilogue>
+// (Clusters of two blocks that share what they fetch of x lose: on an H100 not all of its
+// multiprocessors pair up, and a second wave of blocks follows, 37 against 25 us at M = 32.)
+template <class T, int kRows, class Epilogue>
 __global__ void __launch_bounds__(kHopperThreads, 1)
     matmul_hopper(const __grid_constant__ CUtensorMap weights,
                   const __grid_constant__ CUtensorMap x, const __grid_constant__ MatmulShape shape,
@@ -402,7 +352,6 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
 
   const int segments = shape.plan.parts_per_block + shape.plan.rounds;
   const bool producer = threadIdx.x == kComputeThreads;
-  const int rank = kCluster > 1 ? cluster_rank() : 0;
 
   const auto load_weights = [&](const Segment& segment, int chunk, int stage) {
     barrier_expect(full + 8 * stage, Stage::kBytes);
@@ -418,13 +367,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
 #pragma unroll
     for (int sub = 0; sub < kSubs; ++sub) {
       const int k = chunk * kChunk + sub * kSubChunk;
-      if constexpr (kCluster == 1) {
-        copy_box(to + sub * kInputSub, x, k, 0, full + 8 * stage, kEvictLast);
-      } else {
-        copy_box_to(to + sub * kInputSub + rank * (kInputSub / kCluster), x, k,
-                    rank * (kRows / kCluster), full + 8 * stage, kEvictLast,
-                    static_cast<uint16_t>((1 << kCluster) - 1));
-      }
+      copy_box(to + sub * kInputSub, x, k, 0, full + 8 * stage, kEvictLast);
     }
   };
 
@@ -434,7 +377,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
   if (producer) {
     for (int s = 0; s < shape.stages; ++s) {
       barrier_init(full + 8 * s, 1);
-      barrier_init(empty + 8 * s, kComputeThreads / 32 * kCluster);
+      barrier_init(empty + 8 * s, kComputeThreads / 32);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("fence.proxy.async;" ::: "memory");
@@ -448,7 +391,6 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
     }
   }
   __syncthreads();
-  if constexpr (kCluster > 1) cluster_barrier();  // before anybody writes to another's memory
 
   wait_for_predecessor();  // x, y and the workspace are ours from here on
 
@@ -460,11 +402,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
       if (!segment_at(shape.plan, blockIdx.x, i, &segment)) continue;
       for (int c = segment.begin; c < segment.end; ++c) {
         if (count++ >= early) {
-          if constexpr (kCluster == 1) {
-            barrier_wait(empty + 8 * at.stage, at.parity ^ 1);
-          } else {
-            barrier_wait_cluster(empty + 8 * at.stage, at.parity ^ 1);
-          }
+          barrier_wait(empty + 8 * at.stage, at.parity ^ 1);
           load_weights(segment, c, at.stage);
         }
         load_x(c, at.stage);
@@ -474,11 +412,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
   } else if (threadIdx.x < kComputeThreads) {
     const int lane = threadIdx.x % 32;
     const auto release = [&](int stage) {
-      if constexpr (kCluster == 1) {
-        if (lane == 0) barrier_arrive(empty + 8 * stage);
-      } else {
-        if (lane < kCluster) barrier_arrive_at(empty + 8 * stage, lane);
-      }
+      if (lane == 0) barrier_arrive(empty + 8 * stage);
     };
     typename Epilogue::State state = epilogue.begin();
     RingPosition at;
@@ -512,10 +446,6 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
       finish_segment<kRows>(acc, segment, shape, tile, flag, epilogue, state);
     }
     epilogue.finish(tile, state);
-  }
-  if constexpr (kCluster > 1) {
-    __syncthreads();
-    cluster_barrier();  // nobody may still write to a block that has gone
   }
 #endif
 }

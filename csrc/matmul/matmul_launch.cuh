@@ -90,8 +90,7 @@ class MatmulLaunch {
   template <int kRows>
   static void load_rows() {
     if (is_hopper()) {
-      load(matmul_hopper<T, kRows, 1, Epilogue>);
-      if constexpr (kRows >= 32) load(matmul_hopper<T, kRows, 2, Epilogue>);
+      load(matmul_hopper<T, kRows, Epilogue>);
     }
     load(matmul_plain<T, kRows, Epilogue>);
   }
@@ -99,17 +98,12 @@ class MatmulLaunch {
   template <int kRows>
   void rows() {
     if (!is_hopper() || !shape_.aligned) return plain<kRows>();
-    // From 32 rows on x is as much traffic to the multiprocessors as half the weights: pairs of
-    // blocks share what they fetch of it.
-    if constexpr (kRows >= 32) {
-      if (args_.plan.rest % 2 == 0 && args_.plan.blocks % 2 == 0) return hopper<kRows, 2>();
-    }
-    hopper<kRows, 1>();
+    hopper<kRows>();
   }
 
-  template <int kRows, int kCluster>
+  template <int kRows>
   void hopper() {
-    const auto kernel = matmul_hopper<T, kRows, kCluster, Epilogue>;
+    const auto kernel = matmul_hopper<T, kRows, Epilogue>;
     const MatmulPlan& plan = args_.plan;
     // What the ring cannot hold at once waits for a stage to be free; more than a block ever needs
     // would only lengthen its start.
@@ -122,21 +116,9 @@ class MatmulLaunch {
     const int bytes = hopper_shared_bytes<kRows>(shape_.stages);
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
 
-    cudaLaunchAttribute attributes[2];
-    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[0].val.programmaticStreamSerializationAllowed = 1;
-    attributes[1].id = cudaLaunchAttributeClusterDimension;
-    attributes[1].val.clusterDim = {kCluster, 1, 1};
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(plan.blocks);
-    config.blockDim = dim3(kHopperThreads);
-    config.dynamicSmemBytes = bytes;
-    config.stream = stream_;
-    config.attrs = attributes;
-    config.numAttrs = kCluster > 1 ? 2 : 1;
-    check(cudaLaunchKernelEx(
-        &config, kernel, tensor_map(args_.w, args_.dtype, args_.n, args_.k, kTileColumns),
-        tensor_map(args_.x, args_.dtype, args_.m, args_.k, kRows / kCluster), shape_, epilogue_));
+    launch(kernel, Grid{plan.blocks, kHopperThreads, stream_, bytes},
+           tensor_map(args_.w, args_.dtype, args_.n, args_.k, kTileColumns),
+           tensor_map(args_.x, args_.dtype, args_.m, args_.k, kRows), shape_, epilogue_);
   }
 
   template <int kRows>

@@ -1,4 +1,5 @@
-// The row-parallel layer of decoding between GPUs in one launch; knows no framework.
+// The row-parallel layer of decoding between GPUs; knows no framework. The kernels:
+// matmul_all_reduce_gpu.cuh.
 #pragma once
 
 #include "gpu/call_site.h"

@@ -172,8 +172,8 @@ def matmul(
             tensor [n, k].
         bias: [n] in packed order, or None.
         float32_out: return the float32 sums instead of rounding them to ``x``'s dtype.
-        backend: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"torch"``. ``"cuda"`` has a kernel of its own
-            for up to 64 rows of bfloat16 or float16, which streams the weights once; the rest goes
+        backend: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"torch"``. ``"cuda"`` has a kernel for
+            up to 64 rows of bfloat16 or float16, which streams the weights once; the rest goes
             to torch's GEMM.
 
     Returns:
