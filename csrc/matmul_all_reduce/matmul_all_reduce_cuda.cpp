@@ -21,7 +21,15 @@ struct Tail {
 std::pair<at::Tensor, at::Tensor> unfused(GpuCall& call, const Descriptor& descriptor, DType dtype,
                                           const at::Tensor& x, const at::Tensor& w,
                                           const Tail& tail) {
-  const at::Tensor product = at::linear(x, w);
+  at::Tensor product;
+  if (matmul_serves(x) && w.size(0) > 0) {
+    product = at::empty({x.size(0), w.size(0)}, x.options());
+    matmul(matmul_args(x, w, call.gpu().max_blocks(), call.stream), nullptr,
+           product.mutable_data_ptr(), call.stream);
+    call.wrote({range_of(product)});
+  } else {
+    product = at::linear(x, w);
+  }
   std::optional<at::Tensor> addend = tail.residual;
   if (tail.bias)
     addend = addend ? at::add(*addend, *tail.bias) : tail.bias->expand_as(product).contiguous();

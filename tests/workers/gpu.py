@@ -660,10 +660,12 @@ def second_stream() -> dict:
     """A call on another stream while one is under way; then the first stream's results."""
     with communicator() as comm:
         one = torch.ones(2, device=str(comm.device))
+        other = torch.cuda.Stream()  # made before: the first one waits for the device
         ops.all_reduce(one, comm)
-        torch.cuda._sleep(100 * MILLISECOND)
+        torch.cuda.synchronize()
+        torch.cuda._sleep(500 * MILLISECOND)
         first = ops.all_reduce(one, comm)
-        with torch.cuda.stream(torch.cuda.Stream()):
+        with torch.cuda.stream(other):
             error = raised(lambda: ops.all_reduce(one, comm))
         torch.cuda.synchronize()
         after = ops.all_reduce(one, comm)
