@@ -116,8 +116,7 @@ PYBIND11_MODULE(_C, m) {
 
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
   py::class_<Communicator, std::shared_ptr<Communicator>> communicator(m, "Communicator");
-  communicator
-      .def(py::init<>())
+  communicator.def(py::init<>())
       .def_static(
           "serve",
           [](SegmentServer& server, double timeout_s, double latency_ns, double bytes_per_ns) {
@@ -157,24 +156,27 @@ PYBIND11_MODULE(_C, m) {
           "attach_gpu",
           [](Communicator& c, int device, const std::vector<uint64_t>& addresses,
              int64_t slot_bytes, int max_blocks) {
-            c.attach_gpu(std::make_shared<gpu::Attachment>(c, device, addresses, slot_bytes,
-                                                           max_blocks));
+            c.attach_gpu(
+                std::make_shared<gpu::Attachment>(c, device, addresses, slot_bytes, max_blocks));
           },
           py::arg("device"), py::arg("addresses"), py::arg("slot_bytes"), py::arg("max_blocks"))
       .def("detach_gpu", [](Communicator& c) { c.attach_gpu(nullptr); })
-      .def("add_gpu_buffer",
-           [](const Communicator& c, const std::vector<uint64_t>& addresses, int64_t bytes) {
-             attachment(c).add_buffer(addresses, bytes);
-           },
-           py::arg("addresses"), py::arg("bytes"))
-      .def("set_all_reduce_thresholds",
-           [](const Communicator& c, int64_t one_shot_bytes, int64_t lines_bytes) {
-             attachment(c).thresholds = {one_shot_bytes, lines_bytes};
-           },
-           py::arg("one_shot_bytes"), py::arg("lines_bytes"))
-      .def("set_fused_rows",
-           [](const Communicator& c, int64_t rows) { attachment(c).fused_rows = rows; },
-           py::arg("rows"));
+      .def(
+          "add_gpu_buffer",
+          [](const Communicator& c, const std::vector<uint64_t>& addresses, int64_t bytes) {
+            attachment(c).add_buffer(addresses, bytes);
+          },
+          py::arg("addresses"), py::arg("bytes"))
+      .def(
+          "set_all_reduce_thresholds",
+          [](const Communicator& c, int64_t one_shot_bytes, int64_t lines_bytes) {
+            attachment(c).thresholds = {one_shot_bytes, lines_bytes};
+          },
+          py::arg("one_shot_bytes"), py::arg("lines_bytes"))
+      .def(
+          "set_fused_rows",
+          [](const Communicator& c, int64_t rows) { attachment(c).fused_rows = rows; },
+          py::arg("rows"));
 #endif
 }
 

@@ -569,7 +569,12 @@ def _run(checks, triton_dtypes, **options) -> dict[str, Found]:
 def results(triton_dtypes: list[str]) -> dict[str, Found]:
     """What the checks of results have found wrong."""
     with torch.inference_mode():
-        return _run(RESULTS, {getattr(torch, name) for name in triton_dtypes}, timeout=20.0, workspace_bytes=64 << 20)
+        return _run(
+            RESULTS,
+            {getattr(torch, name) for name in triton_dtypes},
+            timeout=20.0,
+            workspace_bytes=64 << 20,
+        )
 
 
 def registration() -> dict[str, Found]:
