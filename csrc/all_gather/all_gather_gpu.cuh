@@ -15,6 +15,7 @@ __global__ void __launch_bounds__(1024)
                         const __grid_constant__ Announcement announcement, const T* x, T* out,
                         int64_t stride, int64_t n) {
   Exchange exchange(workspace, blockIdx.x, gridDim.x);
+  allow_successor();
   wait_for_predecessor();
   if (!exchange.begin_block()) return;
   const int rank = exchange.rank(), world = exchange.world();
@@ -48,11 +49,12 @@ __global__ void __launch_bounds__(1024)
 }
 
 template <class T, int kWorld>
-__global__ void __launch_bounds__(512)
+__global__ void __launch_bounds__(kBulkThreads, 2)
     all_gather_in_bulk(const __grid_constant__ Workspace workspace,
                        const __grid_constant__ Announcement announcement, const T* x, T* out,
                        int64_t stride, int64_t n) {
   Exchange exchange(workspace, blockIdx.x, gridDim.x);
+  allow_successor();
   wait_for_predecessor();
   if (!exchange.begin_block()) return;
   if (blockIdx.x == 0) exchange.announce(announcement);
@@ -76,14 +78,12 @@ __global__ void __launch_bounds__(512)
   }
   exchange.publish(0, announcement.tag);
   if (!exchange.await(0, announcement.tag)) return;
-#pragma unroll
-  for (int s = 0; s < kWorld; ++s) {
-    if (s >= world || s == rank) continue;
-    const uint4* slot = reinterpret_cast<const uint4*>(exchange.slot(rank, 0, s));
-    const Units<T> to(out + s * stride, n);
-#pragma unroll 4
-    for (int64_t j = begin; j < end; j += blockDim.x) to.store(j, __ldcg(slot + j));
-  }
+  move_units<kWorld>(
+      begin, end, world, rank,
+      [&](int s, int64_t j) {
+        return __ldcg(reinterpret_cast<const uint4*>(exchange.slot(rank, 0, s)) + j);
+      },
+      [&](int s, int64_t j, uint4 unit) { Units<T>(out + s * stride, n).store(j, unit); });
   exchange.finish();
 }
 

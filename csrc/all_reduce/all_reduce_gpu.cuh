@@ -22,6 +22,7 @@ __global__ void __launch_bounds__(1024)
                         const __grid_constant__ Announcement announcement, const T* x, T* out,
                         int64_t n) {
   Exchange exchange(workspace, blockIdx.x, gridDim.x);
+  allow_successor();
   wait_for_predecessor();
   const Row<const T> from(x, n);
   const Row<T> to(out, n);
@@ -49,7 +50,7 @@ __global__ void __launch_bounds__(1024)
     if (!take_from_peers<kWorld>(
             exchange, 0, [&](int s) { return exchange.lines(rank, s) + i * kLineStride; }, lines))
       return;
-    Floats<T> sum = sum_of<T>(exchange, lines, own);
+    Floats<T> sum = sum_of<T, kWorld>(exchange, lines, own);
     to.store(i, sum.pack());
   }
   if (blockIdx.x == 0 && !exchange.await_words(announcement.tag)) return;
@@ -63,6 +64,7 @@ __global__ void __launch_bounds__(1024)
                         const __grid_constant__ Announcement announcement, const T* x, T* out,
                         int64_t n) {
   Exchange exchange(workspace, blockIdx.x, gridDim.x);
+  allow_successor();
   wait_for_predecessor();
   if (!exchange.begin_block()) return;
   const int rank = exchange.rank(), world = exchange.world();
@@ -73,23 +75,30 @@ __global__ void __launch_bounds__(1024)
   const int64_t first = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
   const int64_t stride = gridDim.x * int64_t{blockDim.x};
 
+  // All loads before the first store: the compiler moves none across it.
+  uint2 mine = {0, 0};
   for (int64_t j = first; j < part; j += stride) {
+    uint2 packs_of[kWorld];
+#pragma unroll
+    for (int d = 0; d < kWorld; ++d) {
+      if (d < world) packs_of[d] = from.load(d * part + j);
+    }
 #pragma unroll
     for (int d = 0; d < kWorld; ++d) {
       if (d < world && d != rank) {
-        put_line(exchange.lines(d, rank) + j * kLineStride, from.load(d * part + j),
-                 exchange.flag());
+        put_line(exchange.lines(d, rank) + j * kLineStride, packs_of[d], exchange.flag());
       }
+      if (d == rank && j == first) mine = packs_of[d];
     }
   }
   if (blockIdx.x == 0) exchange.announce_with_word(announcement);
   for (int64_t j = first; j < part; j += stride) {
-    const uint2 own = from.load(rank * part + j);
+    const uint2 own = j == first ? mine : from.load(rank * part + j);
     Line lines[kWorld];
     if (!take_from_peers<kWorld>(
             exchange, 0, [&](int s) { return exchange.lines(rank, s) + j * kLineStride; }, lines))
       return;
-    Floats<T> sum = sum_of<T>(exchange, lines, own);
+    Floats<T> sum = sum_of<T, kWorld>(exchange, lines, own);
     const uint2 total = sum.pack();
 #pragma unroll
     for (int p = 0; p < kWorld; ++p) {
@@ -117,11 +126,12 @@ __global__ void __launch_bounds__(1024)
 // Two-shot in bulk. A block handles the same stretch of every part, so that its words and those of
 // the blocks of its number are all it needs. residual is null or equal on all ranks.
 template <class T, int kWorld>
-__global__ void __launch_bounds__(512)
+__global__ void __launch_bounds__(kBulkThreads, 2)
     all_reduce_bulk(const __grid_constant__ Workspace workspace,
                     const __grid_constant__ Announcement announcement, const T* x,
                     const T* residual, T* out, int64_t n) {
   Exchange exchange(workspace, blockIdx.x, gridDim.x);
+  allow_successor();
   wait_for_predecessor();
   if (!exchange.begin_block()) return;
   if (blockIdx.x == 0) exchange.announce(announcement);
@@ -137,41 +147,31 @@ __global__ void __launch_bounds__(512)
     return reinterpret_cast<uint4*>(exchange.slot(owner, phase, source));
   };
 
-#pragma unroll
-  for (int i = 0; i < kWorld; ++i) {
-    // Each rank begins with another peer, so that no memory has to take all ranks' stores at once.
-    const int d = (rank + i) % world;
-    if (i >= world) break;
-    uint4* slot = place(d, 0, rank);
-#pragma unroll 4
-    for (int64_t j = begin; j < end; j += blockDim.x) slot[j] = from.load(d * part + j);
-  }
+  move_units<kWorld>(
+      begin, end, world, rank, [&](int d, int64_t j) { return from.load(d * part + j); },
+      [&](int d, int64_t j, uint4 unit) { place(d, 0, rank)[j] = unit; });
   exchange.publish(0, announcement.tag);
   if (!exchange.await(0, announcement.tag)) return;
 
-#pragma unroll 2
-  for (int64_t j = begin; j < end; j += blockDim.x) {
-    UnitSum<T, kWorld> sum;
-    sum.load(world, [&](int s) { return place(rank, 0, s) + j; });
-    uint4 more;
-    if (residual) more = addend.load(rank * part + j);
-    const uint4 total = sum.total(world, residual ? &more : nullptr);
+  add_units<T, kWorld>(
+      begin, end, world,
+      [&](int s, int64_t j) {
+        return s == rank ? from.load(rank * part + j) : __ldcg(place(rank, 0, s) + j);
+      },
+      residual != nullptr, [&](int64_t j) { return addend.load(rank * part + j); },
+      [&](int64_t j, uint4 total) {
 #pragma unroll
-    for (int p = 0; p < kWorld; ++p) {
-      if (p < world && p != rank) place(p, 1, rank)[j] = total;
-    }
-    to.store(rank * part + j, total);
-  }
+        for (int p = 0; p < kWorld; ++p) {
+          if (p < world && p != rank) place(p, 1, rank)[j] = total;
+        }
+        to.store(rank * part + j, total);
+      });
   exchange.publish(1, announcement.tag);
   if (!exchange.await(1, announcement.tag)) return;
 
-#pragma unroll
-  for (int d = 0; d < kWorld; ++d) {
-    if (d >= world || d == rank) continue;
-    const uint4* slot = place(rank, 1, d);
-#pragma unroll 4
-    for (int64_t j = begin; j < end; j += blockDim.x) to.store(d * part + j, __ldcg(slot + j));
-  }
+  move_units<kWorld>(
+      begin, end, world, rank, [&](int d, int64_t j) { return __ldcg(place(rank, 1, d) + j); },
+      [&](int d, int64_t j, uint4 unit) { to.store(d * part + j, unit); });
   exchange.finish();
 }
 
@@ -182,11 +182,12 @@ struct PeerTensor {
 // In place; n elements are whole units, aligned to 16 bytes. The words of phase 1 are the barrier
 // that a tensor read in place needs: nobody writes to it again before all have read.
 template <class T, int kWorld>
-__global__ void __launch_bounds__(512)
+__global__ void __launch_bounds__(kBulkThreads, 2)
     all_reduce_in_place(const __grid_constant__ Workspace workspace,
                         const __grid_constant__ Announcement announcement,
                         const __grid_constant__ PeerTensor x, int64_t n) {
   Exchange exchange(workspace, blockIdx.x, gridDim.x);
+  allow_successor();
   wait_for_predecessor();
   if (!exchange.begin_block()) return;
   if (blockIdx.x == 0) exchange.announce(announcement);
@@ -200,16 +201,16 @@ __global__ void __launch_bounds__(512)
   const int64_t end = min(units, base + min(part, (blockIdx.x + 1) * stretch));
   if (!exchange.await(0, announcement.tag)) return;
 
-#pragma unroll 2
-  for (int64_t j = begin; j < end; j += blockDim.x) {
-    UnitSum<T, kWorld> sum;
-    sum.load(world, [&](int s) { return reinterpret_cast<const uint4*>(x.data[s]) + j; });
-    const uint4 total = sum.total(world, nullptr);
+  const auto place = [&](int r, int64_t j) { return static_cast<uint4*>(x.data[r]) + j; };
+  add_units<T, kWorld>(
+      begin, end, world, [&](int s, int64_t j) { return __ldcg(place(s, j)); }, false,
+      [](int64_t) { return uint4{}; },
+      [&](int64_t j, uint4 total) {
 #pragma unroll
-    for (int i = 0; i < kWorld; ++i) {
-      if (i < world) reinterpret_cast<uint4*>(x.data[i])[j] = total;
-    }
-  }
+        for (int p = 0; p < kWorld; ++p) {
+          if (p < world) *place(p, j) = total;
+        }
+      });
   exchange.publish(1, announcement.tag);
   if (!exchange.await(1, announcement.tag)) return;
   exchange.finish();

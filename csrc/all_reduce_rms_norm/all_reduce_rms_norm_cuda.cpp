@@ -10,10 +10,10 @@ namespace commfuse::gpu {
 void all_reduce_rms_norm_all(GpuCall& call, const Descriptor& descriptor, const RMSNormArgs& a) {
   const Workspace& workspace = call.gpu().workspace();
   const int64_t size = static_cast<int64_t>(size_of(a.dtype)), row_bytes = a.n * size;
-  const AllReduce algorithm = all_reduce_algorithm(call.gpu(), a.rows * row_bytes);
-  const bool two_shot = algorithm == AllReduce::two_shot;
-  const int64_t most = rms_norm_rows_by_lines(workspace, a.dtype, a.n, two_shot);
-  if (algorithm == AllReduce::bulk || most == 0) {
+  const bool small = all_reduce_algorithm(call.gpu(), a.rows * row_bytes) == AllReduce::one_shot;
+  const auto algorithm = small ? AllReduceRMSNorm::by_lines : AllReduceRMSNorm::by_rows;
+  const int64_t most = all_reduce_rms_norm_capacity(workspace, algorithm, a.dtype, a.n);
+  if (most == 0) {  // a row is larger than a slot
     all_reduce_all(call, descriptor, AllReduce::bulk, a.dtype, a.x, a.residual, a.out,
                    int64_t{a.rows} * a.n);
     rms_norm(a, call.gpu().max_blocks(), call.stream);
@@ -29,8 +29,8 @@ void all_reduce_rms_norm_all(GpuCall& call, const Descriptor& descriptor, const 
     part.out = offset_by(a.out, done * row_bytes);
     const int64_t peers = call.world() - 1, bytes = part.rows * row_bytes;
     all_reduce_rms_norm(
-        call.enter(descriptor, two_shot ? 2 * peers * bytes / call.world() : peers * bytes), part,
-        two_shot);
+        call.enter(descriptor, small ? peers * bytes : 2 * peers * bytes / call.world()), algorithm,
+        part);
     done += part.rows;
   } while (done < a.rows);
 }

@@ -8,38 +8,37 @@
 namespace commfuse::gpu {
 namespace {
 
-int64_t packs_of(int64_t n, DType dtype) {
-  return (n * static_cast<int64_t>(size_of(dtype)) + 7) / 8;
-}
-
-// A row's packs, in one stretch of a block's threads if they fit.
-int threads_for(int64_t packs) {
-  int threads = 128;
-  while (threads < 1024 && threads < packs) threads *= 2;
-  return threads;
+// Units of 16 bytes, of which a row is a whole number.
+int64_t units_of(int64_t n, DType dtype) {
+  return (n * static_cast<int64_t>(size_of(dtype)) + 15) / 16;
 }
 
 template <class T, int kWorld>
-auto kernel(bool two_shot) {
-  return two_shot ? all_reduce_rms_norm<T, kWorld, true> : all_reduce_rms_norm<T, kWorld, false>;
+auto kernel(AllReduceRMSNorm algorithm) {
+  return algorithm == AllReduceRMSNorm::by_lines ? all_reduce_rms_norm_by_lines<T, kWorld>
+                                                 : all_reduce_rms_norm_by_rows<T, kWorld>;
 }
 
 }  // namespace
 
-int64_t rms_norm_rows_by_lines(const Workspace& workspace, DType dtype, int64_t n, bool two_shot) {
-  const int64_t packs = packs_of(n, dtype), world = workspace.world;
-  const int64_t lines = two_shot ? 2 * ((packs + world - 1) / world) : packs;
-  return kLineBytes / (16 * std::max<int64_t>(1, lines));
+int64_t all_reduce_rms_norm_capacity(const Workspace& workspace, AllReduceRMSNorm algorithm,
+                                     DType dtype, int64_t n) {
+  const int64_t units = std::max<int64_t>(1, units_of(n, dtype));
+  // A unit is two lines.
+  if (algorithm == AllReduceRMSNorm::by_lines) return kLineBytes / (2 * 16 * units);
+  return workspace.slot_bytes / (16 * units) * workspace.world;
 }
 
-void all_reduce_rms_norm(const CallSite& site, const RMSNormArgs& a, bool two_shot) {
-  const int64_t packs = packs_of(a.n, a.dtype);
+void all_reduce_rms_norm(const CallSite& site, AllReduceRMSNorm algorithm, const RMSNormArgs& a) {
   const int world = site.workspace.world;
-  const Grid grid = {std::clamp(a.rows, 1, site.max_blocks),
-                     threads_for(two_shot ? (packs + world - 1) / world : packs), site.stream};
+  const bool by_lines = algorithm == AllReduceRMSNorm::by_lines;
+  const int blocks = by_lines ? a.rows : (a.rows + world - 1) / world;
+  int threads = 128;
+  while (threads < kNormThreads && threads < units_of(a.n, a.dtype)) threads *= 2;
+  const Grid grid = {std::clamp(blocks, 1, site.max_blocks), threads, site.stream};
   with_type(a.dtype, [&]<class T>() {
     with_world(world, [&]<int kWorld>() {
-      launch(kernel<T, kWorld>(two_shot), grid, site.workspace, Announcement(site.descriptor),
+      launch(kernel<T, kWorld>(algorithm), grid, site.workspace, Announcement(site.descriptor),
              static_cast<const T*>(a.x), static_cast<const T*>(a.residual),
              static_cast<const T*>(a.weight), a.eps, static_cast<T*>(a.y), static_cast<T*>(a.out),
              a.rows, a.n);
@@ -62,8 +61,8 @@ void load_all_reduce_rms_norm() {
       load(rms_norm_rows<T>);
       for (int world : {2, 4, 8}) {
         with_world(world, [&]<int kWorld>() {
-          load(all_reduce_rms_norm<T, kWorld, false>);
-          load(all_reduce_rms_norm<T, kWorld, true>);
+          load(all_reduce_rms_norm_by_lines<T, kWorld>);
+          load(all_reduce_rms_norm_by_rows<T, kWorld>);
         });
       }
     });

@@ -1,160 +1,165 @@
-// residual' = residual + sum over ranks of x; y = RMSNorm(residual') weight, between GPUs by
-// flag-in-data lines. A block handles whole rows: it sends a row, adds what comes, and normalises
-// while the row is in its registers.
+// residual' = residual + sum over ranks of x; y = RMSNorm(residual') weight, between GPUs. A block
+// handles whole rows, and normalises them while they are in its registers:
+//
+//   by lines   every rank sends every row to everybody, as flag-in-data lines: one hop
+//   by rows    row g W + d goes to rank d, which adds and sends the sum: two hops through slots,
+//   and
+//              every rank normalises all rows
 #pragma once
 
 #include "gpu/lines.cuh"
+#include "gpu/units.cuh"
 
 namespace commfuse::gpu {
 
-// The sum of `value` over the block, in a fixed order; all threads call and get it.
-__device__ __forceinline__ float block_sum(float value, float* scratch) {
+constexpr int kNormThreads = 512;  // of a block at most: a thread has 128 registers
+
+// The sums of kCount values over the block, in a fixed order; all threads call and get them.
+template <int kCount>
+__device__ __forceinline__ void block_sums(float (&values)[kCount]) {
+  __shared__ float partial[32][kCount], total[kCount];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const auto warp_sum = [](float value) {
 #pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) {
-    value += __shfl_xor_sync(0xffffffffu, value, offset);
+    for (int offset = 16; offset > 0; offset /= 2) {
+      value += __shfl_xor_sync(0xffffffffu, value, offset);
+    }
+    return value;
+  };
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const float sum = warp_sum(values[i]);
+    if (lane == 0) partial[warp][i] = sum;
   }
-  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
   __syncthreads();
   const int warps = blockDim.x / 32;
-  float sum = 0;
-  for (int w = 0; w < warps; ++w) sum += scratch[w];
-  __syncthreads();  // before the scratch is used again
-  return sum;
+  for (int i = warp; i < kCount; i += warps) {
+    const float sum = warp_sum(lane < warps ? partial[lane][i] : 0);
+    if (lane == 0) total[i] = sum;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) values[i] = total[i];
 }
 
-// Rows [rows, n]; residual may be null. Two-shot cuts every row into parts, one for each rank.
-template <class T, int kWorld, bool kTwoShot>
-__global__ void __launch_bounds__(1024)
-    all_reduce_rms_norm(const __grid_constant__ Workspace workspace,
-                        const __grid_constant__ Announcement announcement, const T* x,
-                        const T* residual, const T* weight, float eps, T* y, T* out, int rows,
-                        int n) {
-  constexpr int kHeld = 4;  // packs of a row that a thread keeps; more are read again
-  __shared__ float scratch[32];
+__device__ __forceinline__ float norm_scale(float squares, int n, float eps) {
+  return 1.0f / sqrtf(squares / static_cast<float>(n) + eps);
+}
+
+// One shot; rows [rows, n]; residual may be null.
+template <class T, int kWorld>
+__global__ void __launch_bounds__(kNormThreads)
+    all_reduce_rms_norm_by_lines(const __grid_constant__ Workspace workspace,
+                                 const __grid_constant__ Announcement announcement, const T* x,
+                                 const T* residual, const T* weight, float eps, T* y, T* out,
+                                 int rows, int n) {
+  // Packs of a row that a thread keeps (more are read again), and of them those whose lines it
+  // waits for at once.
+  constexpr int kHeld = 4, kTogether = kWorld == 2 ? 4 : kWorld == 4 ? 2 : 1;
   Exchange exchange(workspace, blockIdx.x, gridDim.x);
+  allow_successor();
   wait_for_predecessor();
+  const int packs = (n + kPackElements<T> - 1) / kPackElements<T>;
+  const Row<const T> factor(weight, n);
+  const auto of_row = [&]<class U>(U* matrix, int row) {
+    return Row<U>(matrix + int64_t{row} * n, n);
+  };
+  const auto at = [&](int k) { return static_cast<int>(threadIdx.x + k * blockDim.x); };
+
+  // All that the block's first row needs is on the way before anything is waited for.
+  uint2 mine[kHeld] = {}, addend[kHeld] = {}, scale_by[kHeld] = {};
+  const auto load_row = [&](int row) {
+#pragma unroll
+    for (int k = 0; k < kHeld; ++k) {
+      if (at(k) < packs) mine[k] = of_row(x, row).load(at(k));
+    }
+#pragma unroll
+    for (int k = 0; k < kHeld; ++k) {
+      if (residual && at(k) < packs) addend[k] = of_row(residual, row).load(at(k));
+    }
+  };
+  if (static_cast<int>(blockIdx.x) < rows) load_row(blockIdx.x);
+#pragma unroll
+  for (int k = 0; k < kHeld; ++k) {
+    if (at(k) < packs) scale_by[k] = factor.load(at(k));
+  }
   if (!exchange.begin_block()) return;
   const int rank = exchange.rank(), world = exchange.world();
-  const int packs = (n + kPackElements<T> - 1) / kPackElements<T>;
-  const int parts = kTwoShot ? world : 1, part = (packs + parts - 1) / parts;
-  // Lines of a row, in either hop.
-  const auto line = [&](int owner, int source, int hop, int row, int pack) {
-    return exchange.lines(owner, source) +
-           ((hop * rows + row) * int64_t{part} + pack) * kLineStride;
+  const auto line = [&](int owner, int source, int row, int pack) {
+    return exchange.lines(owner, source) + (int64_t{row} * packs + pack) * kLineStride;
+  };
+  const auto send = [&](int row, int pack, uint2 value) {
+#pragma unroll
+    for (int p = 0; p < kWorld; ++p) {
+      if (p < world && p != rank) put_line(line(p, rank, row, pack), value, exchange.flag());
+    }
   };
 
-  // Everything is sent before anything is waited for.
   for (int row = blockIdx.x; row < rows; row += gridDim.x) {
-    const Row<const T> from(x + int64_t{row} * n, n);
-    for (int j = threadIdx.x; j < part; j += blockDim.x) {
+    const bool first = row == static_cast<int>(blockIdx.x);
 #pragma unroll
-      for (int p = 0; p < kWorld; ++p) {
-        if (p < world && p != rank) {
-          put_line(line(p, rank, 0, row, j), from.load(kTwoShot ? p * part + j : j),
-                   exchange.flag());
-        }
-      }
+    for (int k = 0; k < kHeld; ++k) {
+      if (at(k) < packs) send(row, at(k), first ? mine[k] : of_row(x, row).load(at(k)));
     }
+    for (int j = at(kHeld); j < packs; j += blockDim.x) send(row, j, of_row(x, row).load(j));
   }
   if (blockIdx.x == 0) exchange.announce_with_word(announcement);
 
-  // The sum of pack j of this rank's part (of the whole row, in one shot), + residual.
-  const auto summed = [&](int row, int j, uint2* total) {
-    const int pack = kTwoShot ? rank * part + j : j;
-    const uint2 own = Row<const T>(x + int64_t{row} * n, n).load(pack);
-    uint2 addend = {0, 0};
-    if (residual) addend = Row<const T>(residual + int64_t{row} * n, n).load(pack);
-    Line lines[kWorld];
-    if (!take_from_peers<kWorld>(
-            exchange, 0, [&](int s) { return line(rank, s, 0, row, j); }, lines))
-      return false;
-    Floats<T> sum = sum_of<T>(exchange, lines, own);
-    if (residual) sum.add(addend);
-    *total = sum.pack();
-    return true;
-  };
-
   bool alive = true;
-  if constexpr (kTwoShot) {
-    for (int row = blockIdx.x; row < rows && alive; row += gridDim.x) {
-      const Row<T> to(out + int64_t{row} * n, n);
-      for (int j = threadIdx.x; j < part && alive; j += blockDim.x) {
-        uint2 total;
-        if (!(alive = summed(row, j, &total))) break;
-#pragma unroll
-        for (int p = 0; p < kWorld; ++p) {
-          if (p < world && p != rank) put_line(line(p, rank, 1, row, j), total, exchange.flag());
-        }
-        to.store(rank * part + j, total);
-      }
-    }
-  }
-
   for (int row = blockIdx.x; row < rows; row += gridDim.x) {
-    const Row<T> to(out + int64_t{row} * n, n);
+    if (row != static_cast<int>(blockIdx.x)) load_row(row);
+    const Row<T> to = of_row(out, row), normalised = of_row(y, row);
+    float squares[1] = {0};
+    // Packs j, j + threads, ...: kTogether of them.
+    const auto add = [&](int j, const uint2* own, const uint2* more, uint2* total) {
+      Line lines[kTogether * kWorld];
+      char* address[kTogether * kWorld];
+#pragma unroll
+      for (int i = 0; i < kTogether * kWorld; ++i) {
+        const int pack = j + i / kWorld * blockDim.x, s = i % kWorld;
+        address[i] = pack < packs && s < world && s != rank ? line(rank, s, row, pack) : nullptr;
+      }
+      alive = alive && take_lines<kTogether * kWorld>(
+                           exchange, 0, address, [](int i) { return i % kWorld; }, lines);
+#pragma unroll
+      for (int b = 0; b < kTogether; ++b) {
+        const int pack = j + b * blockDim.x;
+        if (!alive || pack >= packs) continue;
+        Floats<T> sum = sum_of<T, kWorld>(exchange, lines + b * kWorld, own[b]);
+        if (residual) sum.add(more[b]);
+        total[b] = sum.pack();
+        to.store(pack, total[b]);
+        squares[0] += Floats<T>(total[b]).squares();
+      }
+    };
     uint2 held[kHeld];
-    float squares = 0;
-    if constexpr (kTwoShot) {
-      // A thread holds a pack of every part: kWorld of them for the first stretch of its row.
-      for (int j = threadIdx.x; j < part && alive; j += blockDim.x) {
-        Line lines[kWorld];
-        alive = take_from_peers<kWorld>(
-            exchange, 1, [&](int d) { return line(rank, d, 1, row, j); }, lines);
-        if (!alive) break;
 #pragma unroll
-        for (int d = 0; d < kWorld; ++d) {
-          if (d >= world || d * part + j >= packs) continue;
-          const uint2 total = d == rank ? to.load(d * part + j) : lines[d].pack();
-          if (d != rank) to.store(d * part + j, total);
-          squares += Floats<T>(total).squares();
-        }
-      }
-    } else {
+    for (int k = 0; k < kHeld; k += kTogether) add(at(k), mine + k, addend + k, held + k);
+    for (int j = at(kHeld); j < packs; j += kTogether * blockDim.x) {
+      uint2 own[kTogether], more[kTogether] = {}, total[kTogether];
 #pragma unroll
-      for (int k = 0; k < kHeld; ++k) {
-        const int j = threadIdx.x + k * blockDim.x;
-        if (j >= packs || !alive) continue;
-        if (!(alive = summed(row, j, &held[k]))) continue;
-        to.store(j, held[k]);
-        squares += Floats<T>(held[k]).squares();
+      for (int b = 0; b < kTogether; ++b) {
+        const int pack = j + b * blockDim.x;
+        if (pack >= packs) continue;
+        own[b] = of_row(x, row).load(pack);
+        if (residual) more[b] = of_row(residual, row).load(pack);
       }
-      for (int j = threadIdx.x + kHeld * blockDim.x; j < packs && alive; j += blockDim.x) {
-        uint2 total;
-        if (!(alive = summed(row, j, &total))) break;
-        to.store(j, total);
-        squares += Floats<T>(total).squares();
-      }
+      add(j, own, more, total);
     }
-    const float mean = block_sum(squares, scratch) / static_cast<float>(n);
-    const float scale = 1.0f / sqrtf(mean + eps);
-    const Row<const T> factor(weight, n);
-    const Row<T> normalised(y + int64_t{row} * n, n);
+    block_sums(squares);
+    const float scale = norm_scale(squares[0], n, eps);
+#pragma unroll
+    for (int k = 0; k < kHeld; ++k) {
+      if (!alive || at(k) >= packs) continue;
+      Floats<T> value(held[k]);
+      value.scale(scale, scale_by[k]);
+      normalised.store(at(k), value.pack());
+    }
     // Whoever stored a pack of the row loads it again: no other thread's stores are read.
-    if constexpr (kTwoShot) {
-      for (int j = threadIdx.x; j < part && alive; j += blockDim.x) {
-#pragma unroll
-        for (int d = 0; d < kWorld; ++d) {
-          const int pack = d * part + j;
-          if (d >= world || pack >= packs) continue;
-          Floats<T> value(to.load(pack));
-          value.scale(scale, factor.load(pack));
-          normalised.store(pack, value.pack());
-        }
-      }
-    } else {
-#pragma unroll
-      for (int k = 0; k < kHeld; ++k) {
-        const int j = threadIdx.x + k * blockDim.x;
-        if (j >= packs || !alive) continue;
-        Floats<T> value(held[k]);
-        value.scale(scale, factor.load(j));
-        normalised.store(j, value.pack());
-      }
-      for (int j = threadIdx.x + kHeld * blockDim.x; j < packs && alive; j += blockDim.x) {
-        Floats<T> value(to.load(j));
-        value.scale(scale, factor.load(j));
-        normalised.store(j, value.pack());
-      }
+    for (int j = at(kHeld); j < packs && alive; j += blockDim.x) {
+      Floats<T> value(to.load(j));
+      value.scale(scale, factor.load(j));
+      normalised.store(j, value.pack());
     }
   }
   if (!alive) return;
@@ -162,22 +167,132 @@ __global__ void __launch_bounds__(1024)
   exchange.finish();
 }
 
+// Two shots; slots hold [group][unit], group g being rows g W to g W + W - 1.
+template <class T, int kWorld>
+__global__ void __launch_bounds__(kNormThreads)
+    all_reduce_rms_norm_by_rows(const __grid_constant__ Workspace workspace,
+                                const __grid_constant__ Announcement announcement, const T* x,
+                                const T* residual, const T* weight, float eps, T* y, T* out,
+                                int rows, int n) {
+  Exchange exchange(workspace, blockIdx.x, gridDim.x);
+  allow_successor();
+  wait_for_predecessor();
+  if (!exchange.begin_block()) return;
+  if (blockIdx.x == 0) exchange.announce(announcement);
+  const int rank = exchange.rank(), world = exchange.world();
+  constexpr int kElements = 16 / static_cast<int>(sizeof(T));
+  const int units = (n + kElements - 1) / kElements, first = threadIdx.x;
+  constexpr int kHeld = 2;  // units of a row that a thread keeps; more are read again
+  const auto at = [&](int k) { return static_cast<int>(threadIdx.x + k * blockDim.x); };
+  const int groups = (rows + world - 1) / world;
+  const auto of_row = [&]<class U>(U* matrix, int row) {
+    return Units<U>(matrix + int64_t{row} * n, n);
+  };
+  const auto place = [&](int owner, int phase, int source, int group) {
+    return reinterpret_cast<uint4*>(exchange.slot(owner, phase, source)) + int64_t{group} * units;
+  };
+
+  for (int group = blockIdx.x; group < groups; group += gridDim.x) {
+    // The last group may be short.
+    const int members = min(world, rows - group * world);
+    move_units<kWorld>(
+        first, units, members, rank,
+        [&](int d, int64_t j) { return of_row(x, group * world + d).load(j); },
+        [&](int d, int64_t j, uint4 unit) { place(d, 0, rank, group)[j] = unit; });
+  }
+  exchange.publish(0, announcement.tag);
+  if (!exchange.await(0, announcement.tag)) return;
+
+  for (int group = blockIdx.x; group < groups; group += gridDim.x) {
+    const int row = group * world + rank;
+    if (row >= rows) continue;
+    add_units<T, kWorld>(
+        first, units, world,
+        [&](int s, int64_t j) {
+          return s == rank ? of_row(x, row).load(j) : __ldcg(place(rank, 0, s, group) + j);
+        },
+        residual != nullptr, [&](int64_t j) { return of_row(residual, row).load(j); },
+        [&](int64_t j, uint4 total) {
+#pragma unroll
+          for (int p = 0; p < kWorld; ++p) {
+            if (p < world && p != rank) place(p, 1, rank, group)[j] = total;
+          }
+          of_row(out, row).store(j, total);
+        });
+  }
+  exchange.publish(1, announcement.tag);
+  const Units<const T> factor(weight, n);
+  uint4 scale_by[kHeld];
+#pragma unroll
+  for (int k = 0; k < kHeld; ++k) {
+    if (at(k) < units) scale_by[k] = factor.load(at(k));
+  }
+  if (!exchange.await(1, announcement.tag)) return;
+
+  for (int group = blockIdx.x; group < groups; group += gridDim.x) {
+    const int base = group * world, members = min(world, rows - base);
+    // Whoever stored a unit of this rank's own row loads it again.
+    const auto take = [&](int d, int64_t j) {
+      return d == rank ? of_row(out, base + d).load(j) : __ldcg(place(rank, 1, d, group) + j);
+    };
+    const auto put = [&](int d, int64_t j, uint4 unit, float scale, uint4 by) {
+      of_row(y, base + d).store(j, scaled<T>(unit, scale, by));
+    };
+    uint4 held[kHeld][kWorld];
+    float squares[kWorld] = {};
+    const auto note = [&](int d, int64_t j, uint4 unit) {
+      if (d != rank) of_row(out, base + d).store(j, unit);
+      squares[d] += squares_of<T>(unit);
+    };
+#pragma unroll
+    for (int i = 0; i < kHeld * kWorld; ++i) {
+      const int k = i / kWorld, d = i % kWorld;
+      if (d < members && at(k) < units) held[k][d] = take(d, at(k));
+    }
+#pragma unroll
+    for (int i = 0; i < kHeld * kWorld; ++i) {
+      const int k = i / kWorld, d = i % kWorld;
+      if (d < members && at(k) < units) note(d, at(k), held[k][d]);
+    }
+    for (int j = at(kHeld); j < units; j += blockDim.x) {
+#pragma unroll
+      for (int d = 0; d < kWorld; ++d) {
+        if (d < members) note(d, j, take(d, j));
+      }
+    }
+    block_sums(squares);
+#pragma unroll
+    for (int d = 0; d < kWorld; ++d) {
+      if (d >= members) continue;
+      const float scale = norm_scale(squares[d], n, eps);
+#pragma unroll
+      for (int k = 0; k < kHeld; ++k) {
+        if (at(k) < units) put(d, at(k), held[k][d], scale, scale_by[k]);
+      }
+      for (int j = at(kHeld); j < units; j += blockDim.x) {
+        put(d, j, of_row(out, base + d).load(j), scale, factor.load(j));
+      }
+    }
+  }
+  exchange.finish();
+}
+
 // y = RMSNorm(x) weight, row by row: behind an all-reduce in bulk.
 template <class T>
 __global__ void __launch_bounds__(512)
     rms_norm_rows(const T* x, const T* weight, float eps, T* y, int rows, int n) {
-  __shared__ float scratch[32];
+  allow_successor();
   wait_for_predecessor();
   const int packs = (n + kPackElements<T> - 1) / kPackElements<T>;
   const Row<const T> factor(weight, n);
   for (int row = blockIdx.x; row < rows; row += gridDim.x) {
     const Row<const T> from(x + int64_t{row} * n, n);
     const Row<T> to(y + int64_t{row} * n, n);
-    float squares = 0;
+    float squares[1] = {0};
     for (int j = threadIdx.x; j < packs; j += blockDim.x)
-      squares += Floats<T>(from.load(j)).squares();
-    const float mean = block_sum(squares, scratch) / static_cast<float>(n);
-    const float scale = 1.0f / sqrtf(mean + eps);
+      squares[0] += Floats<T>(from.load(j)).squares();
+    block_sums(squares);
+    const float scale = norm_scale(squares[0], n, eps);
     for (int j = threadIdx.x; j < packs; j += blockDim.x) {
       Floats<T> value(from.load(j));
       value.scale(scale, factor.load(j));

@@ -17,11 +17,14 @@ struct RMSNormArgs {
   int rows, n;
 };
 
-// Rows that one call by lines can carry; 0: not even one.
-int64_t rms_norm_rows_by_lines(const Workspace& workspace, DType dtype, int64_t n, bool two_shot);
+enum class AllReduceRMSNorm { by_lines, by_rows };
 
-// One launch, rows by lines.
-void all_reduce_rms_norm(const CallSite& site, const RMSNormArgs& args, bool two_shot);
+// Rows that one launch can carry; 0: not even one.
+int64_t all_reduce_rms_norm_capacity(const Workspace& workspace, AllReduceRMSNorm algorithm,
+                                     DType dtype, int64_t n);
+
+// One launch.
+void all_reduce_rms_norm(const CallSite& site, AllReduceRMSNorm algorithm, const RMSNormArgs& args);
 
 // y = RMSNorm(out) weight alone, where out holds the sum already.
 void rms_norm(const RMSNormArgs& args, int max_blocks, cudaStream_t stream);

@@ -12,6 +12,7 @@
 
 #include "cpu/dtypes.h"
 #include "gpu/call_site.h"
+#include "gpu/units.cuh"
 
 namespace commfuse::gpu {
 
@@ -44,12 +45,12 @@ inline Grid line_grid(int64_t bytes, const CallSite& site) {
   return {static_cast<int>(blocks), threads, site.stream};
 }
 
-// A unit (16 bytes) for each thread, likewise.
+// Likewise, a unit (16 bytes) for each thread.
 inline Grid bulk_grid(int64_t bytes, const CallSite& site) {
-  constexpr int kThreads = 512;
   const int64_t units = std::max<int64_t>(1, (bytes + 15) / 16);
-  const int64_t blocks = std::min<int64_t>((units + kThreads - 1) / kThreads, site.max_blocks);
-  return {static_cast<int>(blocks), kThreads, site.stream};
+  const int64_t blocks =
+      std::min<int64_t>((units + kBulkThreads - 1) / kBulkThreads, site.max_blocks);
+  return {static_cast<int>(blocks), kBulkThreads, site.stream};
 }
 
 template <class... Parameters, class... Arguments>

@@ -91,7 +91,7 @@ __device__ __forceinline__ bool take_from_peers(const Exchange& exchange, int ph
 
 // The sum in rank order of what the peers sent and this rank's own.
 template <class T, int kWorld>
-__device__ __forceinline__ Floats<T> sum_of(const Exchange& exchange, const Line (&lines)[kWorld],
+__device__ __forceinline__ Floats<T> sum_of(const Exchange& exchange, const Line* lines,
                                             uint2 own) {
   const int rank = exchange.rank();
   Floats<T> sum(rank == 0 ? own : lines[0].pack());

@@ -50,11 +50,20 @@ __device__ __forceinline__ uint64_t now_ns() {
 }
 
 // R3: a kernel may be launched before its predecessor in the stream has ended; what it does before
-// this must not touch memory that another kernel writes. The successor may be launched from here
-// on.
+// this must not touch memory that another kernel writes. Every block comes here before it ends, so
+// that the end of a kernel is also the end of all before it.
 __device__ __forceinline__ void wait_for_predecessor() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The successor may be launched once every block has come here. A kernel that exchanges allows it
+// at its very start: it holds little of a multiprocessor, and a GEMM behind it then fills shared
+// memory with weights while this one waits for the peers. A GEMM allows it when its predecessors
+// have ended, so that what runs at once goes back to the last GEMM at most (stream_order.h).
+__device__ __forceinline__ void allow_successor() {
+#if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
@@ -70,7 +79,7 @@ class Exchange {
   __device__ bool begin() {
     // Two independent loads by every thread: they are on the way together with the first loads of
     // whatever the kernel reads, and no thread has to hand the values on.
-    generation_ = reinterpret_cast<const uint64_t*>(own_ + kGenerations)[block_] + 1;
+    generation_ = load_relaxed(reinterpret_cast<const uint64_t*>(own_ + kGenerations) + block_) + 1;
     return load_relaxed(reinterpret_cast<const uint64_t*>(own_ + kAbort)) == 0;
   }
   // The block, which must leave together: threads may not disagree about an abort word that is
@@ -156,6 +165,19 @@ class Exchange {
       time_out(source, phase, block_);
     }
     return false;
+  }
+
+  // One thread: this rank's part of a tile is in the peer's slot, and visible to whoever comes here
+  // behind a barrier.
+  __device__ void publish_tile(int peer, int phase, int tile) const {
+    store_release(tile_word(peer, phase, w_.rank, tile), generation_);
+  }
+  // One thread: waits for a tile of one source.
+  __device__ bool await_tile(int source, int phase, int tile) const {
+    const uint64_t* p = tile_word(w_.rank, phase, source, tile);
+    const Wait outcome = poll([&] { return load_acquire(p) == generation_; });
+    if (outcome == Wait::timed_out) time_out(source, phase, 0);
+    return outcome == Wait::done;
   }
 
   // One thread: polls `there()` until it is true. On anything but done, report with fail() (a
@@ -257,6 +279,10 @@ class Exchange {
   }
   __device__ uint64_t* word(int owner, int phase, int parity, int source) const {
     return word_of(owner, phase, parity, block_, source);
+  }
+  __device__ uint64_t* tile_word(int owner, int phase, int source, int tile) const {
+    const int64_t row = (parity() * kPhases + phase) * int64_t{kMaxRanks} + source;
+    return reinterpret_cast<uint64_t*>(w_.base[owner] + kTileWords) + row * kMaxTiles + tile;
   }
   __device__ void read_descriptor(int source, Descriptor* to, bool whole) const {
     const uint64_t* units = descriptor(w_.rank, parity(), source);

@@ -10,6 +10,7 @@
 //   descriptors   [parity][source] what each source called, in flagged units
 //   words         [parity][phase][block][source] generation << 16 | tag
 //   squares       [row][tile] sums of squares that a rank's blocks exchange among themselves
+//   tile words    [parity][phase][source][tile] generation
 //   lines         [parity][source] flag-in-data: 8-byte units of 4 bytes of data and 4 of flag
 //   slots         [parity][phase][source] payload
 #pragma once
@@ -27,6 +28,7 @@ constexpr int kMaxGrid = 256;  // blocks that wait must all run at once
 // rather than bandwidth.
 constexpr int64_t kLineBytes = 4 << 20;
 constexpr int64_t kSquares = 64 * 1024;  // floats
+constexpr int kMaxTiles = 4096;          // of 64 columns
 
 constexpr int64_t kAbort = 0;
 constexpr int64_t kClaim = 128;
@@ -37,7 +39,8 @@ constexpr int64_t kDescriptors = kGenerations + kMaxGrid * 8;
 constexpr int64_t kDescriptorBytes = 2 * sizeof(Descriptor);
 constexpr int64_t kWords = kDescriptors + 2 * kMaxRanks * kDescriptorBytes;
 constexpr int64_t kSquareSums = kWords + int64_t{2} * kPhases * kMaxGrid * kMaxRanks * 8;
-constexpr int64_t kLines = kSquareSums + kSquares * 4;
+constexpr int64_t kTileWords = kSquareSums + kSquares * 4;
+constexpr int64_t kLines = kTileWords + int64_t{2} * kPhases * kMaxRanks * kMaxTiles * 8;
 static_assert(kDescriptors % 128 == 0 && kWords % 128 == 0 && kLines % 128 == 0);
 
 constexpr int64_t slots_offset(int world) {

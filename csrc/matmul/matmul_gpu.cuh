@@ -133,21 +133,32 @@ __device__ __forceinline__ void finish_segment(float (&acc)[kRows / 8][4], const
     compute_barrier();
     if (*flag != static_cast<uint32_t>(splits - 1)) return;
     if (thread == 0) shape.counters[segment.tile] = 0;  // for the next call
+    // As many on the way at once as registers hold: 24 loads of each thread.
+    constexpr int kGroup = kRows >= 32 ? 4 : kRows / 8;
+    constexpr int kParts = kGroup == 1 ? kMaxSplits : 24 / kGroup;
 #pragma unroll
-    for (int j = 0; j < kRows / 8; ++j) {
-      acc[j][0] = acc[j][1] = acc[j][2] = acc[j][3] = 0;
-      float4 values[kMaxSplits];
+    for (int first = 0; first < kRows / 8; first += kGroup) {
 #pragma unroll
-      for (int p = 0; p < kMaxSplits; ++p) {
-        if (p < splits) values[p] = __ldcg(partials + (p * (kRows / 8) + j) * kComputeThreads);
-      }
+      for (int j = first; j < first + kGroup; ++j)
+        acc[j][0] = acc[j][1] = acc[j][2] = acc[j][3] = 0;
+      for (int part = 0; part < splits; part += kParts) {
+        float4 values[kParts][kGroup];
 #pragma unroll
-      for (int p = 0; p < kMaxSplits; ++p) {
-        if (p < splits) {
-          acc[j][0] += values[p].x;
-          acc[j][1] += values[p].y;
-          acc[j][2] += values[p].z;
-          acc[j][3] += values[p].w;
+        for (int i = 0; i < kParts * kGroup; ++i) {
+          const int p = i / kGroup, j = i % kGroup;
+          if (part + p < splits) {
+            values[p][j] =
+                __ldcg(partials + ((part + p) * (kRows / 8) + first + j) * kComputeThreads);
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < kParts * kGroup; ++i) {
+          const int p = i / kGroup, j = i % kGroup;
+          if (part + p >= splits) continue;
+          acc[first + j][0] += values[p][j].x;
+          acc[first + j][1] += values[p][j].y;
+          acc[first + j][2] += values[p][j].z;
+          acc[first + j][3] += values[p][j].w;
         }
       }
     }
@@ -333,7 +344,7 @@ struct RingPosition {
 // (Clusters of two blocks that share what they fetch of x lose: on an H100 not all of its
 // multiprocessors pair up, and a second wave of blocks follows, 37 against 25 us at M = 32.)
 template <class T, int kRows, class Epilogue>
-__global__ void __launch_bounds__(kHopperThreads, 1)
+__global__ void __launch_bounds__(kHopperThreads, 2)
     matmul_hopper(const __grid_constant__ CUtensorMap weights,
                   const __grid_constant__ CUtensorMap x, const __grid_constant__ MatmulShape shape,
                   const __grid_constant__ Epilogue epilogue) {
@@ -393,6 +404,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
   __syncthreads();
 
   wait_for_predecessor();  // x, y and the workspace are ours from here on
+  allow_successor();
 
   if (producer) {
     RingPosition at;
@@ -508,6 +520,7 @@ __global__ void __launch_bounds__(kComputeThreads)
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int segments = shape.plan.parts_per_block + shape.plan.rounds;
   wait_for_predecessor();
+  allow_successor();
   typename Epilogue::State state = epilogue.begin();
 
   const auto load = [&](const Segment& segment, int sub_chunk, int stage) {

@@ -26,7 +26,8 @@ std::pair<at::Tensor, at::Tensor> unfused(GpuCall& call, const Descriptor& descr
     product = at::empty({x.size(0), w.size(0)}, x.options());
     matmul(matmul_args(x, w, call.gpu().max_blocks(), call.stream), nullptr,
            product.mutable_data_ptr(), call.stream);
-    call.wrote({range_of(product)});
+    wrote(call.gpu().device(), call.stream, Allows::when_predecessors_have_ended,
+          {range_of(product)});
   } else {
     product = at::linear(x, w);
   }
@@ -75,7 +76,7 @@ std::pair<at::Tensor, at::Tensor> summed_product(const at::Tensor& x, const at::
   const int64_t bytes = m * n * static_cast<int64_t>(size_of(dtype));
   const bool two_shot = call.world() > 2 && bytes > call.gpu().thresholds.one_shot;
   const bool fused = dtype != DType::float32 && m > 0 && n > 0 && m <= call.gpu().fused_rows &&
-                     matmul_all_reduce_fits(workspace, m, n, two_shot);
+                     matmul_all_reduce_fits(workspace, m, n);
   TORCH_CHECK_VALUE(x.size(1) > 0, "x has 0 columns; every rank needs a part of K");
 
   std::pair<at::Tensor, at::Tensor> result;
@@ -114,6 +115,7 @@ std::pair<at::Tensor, at::Tensor> summed_product(const at::Tensor& x, const at::
     matmul_all_reduce(
         call.enter(descriptor, two_shot ? 2 * peers * bytes / call.world() : peers * bytes), args);
   }
+  if (fused) wrote(call.gpu().device(), call.stream, Allows::when_predecessors_have_ended, {});
   if (y.defined()) {
     call.wrote({range_of(out), range_of(y)});
   } else {

@@ -5,20 +5,19 @@
 
 namespace commfuse::gpu {
 
-bool matmul_all_reduce_fits(const Workspace& workspace, int64_t m, int64_t n, bool two_shot) {
+bool matmul_all_reduce_fits(const Workspace& workspace, int64_t m, int64_t n) {
   const int64_t tiles = divide_up(n, kTileColumns);
-  const int64_t sent = two_shot ? 2 * divide_up(tiles, workspace.world) : tiles;
-  return m <= kMatmulGpuMaxRows && m * sent * kTilePacks * kLineStride <= kLineBytes &&
-         m * tiles <= kSquares;
+  return m <= kMatmulGpuMaxRows && tiles <= kMaxTiles &&
+         tiles * m * kTileUnits * 16 <= workspace.slot_bytes && m * tiles <= kSquares;
 }
 
 void matmul_all_reduce(const CallSite& site, const MatmulAllReduceArgs& a) {
   const auto run = [&]<class T>() {
-    const TileLines lines = {site.workspace, static_cast<int>(a.matmul.m),
+    const TileSlots slots = {site.workspace, static_cast<int>(a.matmul.m),
                              static_cast<int>(a.matmul.n), a.two_shot};
     const Announcement announcement(site.descriptor);
-    MatmulLaunch<T, SendTiles<T>>(a.matmul, {lines, announcement}, site.stream).run();
-    const ReduceTiles<T> reduce = {lines,
+    MatmulLaunch<T, SendTiles<T>>(a.matmul, {slots, announcement}, site.stream).run();
+    const ReduceTiles<T> reduce = {slots,
                                    announcement,
                                    static_cast<const T*>(a.bias),
                                    static_cast<const T*>(a.residual),
@@ -26,9 +25,8 @@ void matmul_all_reduce(const CallSite& site, const MatmulAllReduceArgs& a) {
                                    a.eps,
                                    static_cast<T*>(a.out),
                                    static_cast<T*>(a.y)};
-    const int64_t packs = a.matmul.m * divide_up(a.matmul.n, kTileColumns) * kTilePacks;
-    const int blocks =
-        static_cast<int>(std::min<int64_t>(divide_up(packs, kReduceThreads), site.max_blocks));
+    const int64_t groups = divide_up(divide_up(a.matmul.n, kTileColumns), tiles_of_group(slots.m));
+    const int blocks = static_cast<int>(std::min<int64_t>(groups, site.max_blocks));
     with_world(site.workspace.world, [&]<int kWorld>() {
       launch(reduce_tiles<T, kWorld>, Grid{blocks, kReduceThreads, site.stream}, reduce);
     });

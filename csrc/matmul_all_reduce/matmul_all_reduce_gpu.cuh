@@ -1,55 +1,48 @@
 // The row-parallel layer of decoding, in two launches that overlap:
 //
-//   the decode GEMM     its epilogue sends finished tiles to the other ranks as flag-in-data lines,
-//                       while later tiles still stream
-//   reduce_tiles        adds what has come, + bias, + residual, and, where asked, meets and
-//   normalises
+//   the decode GEMM     its epilogue puts finished tiles, rounded, into the slots of the ranks and
+//                       publishes each with a word, while later tiles still stream
+//   reduce_tiles        adds the tiles of all ranks as they come, + bias, + residual, and, where
+//                       asked, meets and normalises
 //
 // Not one kernel: a block of the GEMM that stayed to add would hold its multiprocessor's shared
 // memory. It leaves instead, and the next GEMM in the stream, which starts early, fills that memory
-// with its first weights while the tiles are added. (In one kernel, W = 2, 4096 -> 8192: 59 us; the
-// GEMM 43.)
+// with its first weights while the last tiles travel. (In one kernel, W = 2, 4096 -> 8192: 59 us;
+// the GEMM 43.)
 //
 //   one shot   every rank sends every tile to all, and all add them
 //   two shots  tile t goes to rank t % W, which adds and sends the sum to all: fewer bytes
 //
-// Nobody waits for a particular block, only for lines: which block computes a tile, and whether a
-// tile is cut along K, may differ between ranks.
+// Nobody waits for a particular block, only for tiles: which block computes a tile, and whether a
+// tile is cut along K, may differ between ranks. Tiles are finished roughly in the order of their
+// numbers, and added in this order.
 #pragma once
 
-#include "gpu/lines.cuh"
+#include "gpu/units.cuh"
 #include "matmul/matmul_gpu.cuh"
 
 namespace commfuse::gpu {
 
-constexpr int kTilePacks = kTileColumns / 4;  // of a row of a tile
+constexpr int kTileUnits = kTileColumns / 8;  // of 16 bytes, of a row of a tile
 
-// Where tiles travel: lines are ordered as [row][tile][pack], the second hop's behind the first's.
-struct TileLines {
+// Where tiles travel: slots hold [tile][row][unit].
+struct TileSlots {
   Workspace workspace;
   int m, n;
   bool two_shot;
 
   __device__ int tiles() const { return (n + kTileColumns - 1) / kTileColumns; }
-  __device__ int most_owned() const { return (tiles() + workspace.world - 1) / workspace.world; }
-
-  __device__ char* first(const Exchange& exchange, int owner, int source, int row, int tile,
-                         int pack) const {
-    const int64_t at = two_shot ? int64_t{row} * most_owned() + tile / workspace.world
-                                : int64_t{row} * tiles() + tile;
-    return exchange.lines(owner, source) + (at * kTilePacks + pack) * kLineStride;
-  }
-  __device__ char* second(const Exchange& exchange, int owner, int source, int row, int tile,
-                          int pack) const {
-    const int64_t at = int64_t{m + row} * most_owned() + tile / workspace.world;
-    return exchange.lines(owner, source) + (at * kTilePacks + pack) * kLineStride;
+  __device__ uint4* place(const Exchange& exchange, int owner, int phase, int source, int tile,
+                          int row, int unit) const {
+    return reinterpret_cast<uint4*>(exchange.slot(owner, phase, source)) +
+           (int64_t{tile} * m + row) * kTileUnits + unit;
   }
 };
 
 // The GEMM's epilogue: round and send.
 template <class T>
 struct SendTiles {
-  TileLines lines;
+  TileSlots slots;
   Announcement announcement;
 
   struct State {
@@ -58,37 +51,38 @@ struct SendTiles {
   };
 
   __device__ State begin() const {
-    Exchange exchange(lines.workspace, blockIdx.x, gridDim.x);
+    Exchange exchange(slots.workspace, blockIdx.x, gridDim.x);
     const bool alive = exchange.begin();
     if (blockIdx.x == 0 && alive) exchange.announce_with_word(announcement);
     return {exchange, alive};
   }
   __device__ void tile(const float* tile, int first_column, State& state) const {
-    if (!state.alive) return;
     const Exchange& exchange = state.exchange;
     const int rank = exchange.rank(), world = exchange.world();
-    const int number = first_column / kTileColumns, pack = threadIdx.x % kTilePacks;
-    for (int row = threadIdx.x / kTilePacks; row < lines.m; row += kComputeThreads / kTilePacks) {
-      const float4 value = *reinterpret_cast<const float4*>(tile + row * kTilePitch + pack * 4);
-      const uint2 rounded = {pack_pair<T>(value.x, value.y), pack_pair<T>(value.z, value.w)};
-      if (lines.two_shot) {
-        put_line(lines.first(exchange, number % world, rank, row, number, pack), rounded,
-                 exchange.flag());
-      } else {
-        for (int p = 0; p < world; ++p) {
-          put_line(lines.first(exchange, p, rank, row, number, pack), rounded, exchange.flag());
-        }
+    const int number = first_column / kTileColumns, unit = threadIdx.x % kTileUnits;
+    const int first = slots.two_shot ? number % world : 0, end = slots.two_shot ? first + 1 : world;
+    for (int row = threadIdx.x / kTileUnits; row < slots.m && state.alive;
+         row += kComputeThreads / kTileUnits) {
+      const float4* value = reinterpret_cast<const float4*>(tile + row * kTilePitch + unit * 8);
+      const float4 low = value[0], high = value[1];
+      const uint4 rounded = {pack_pair<T>(low.x, low.y), pack_pair<T>(low.z, low.w),
+                             pack_pair<T>(high.x, high.y), pack_pair<T>(high.z, high.w)};
+      for (int p = first; p < end; ++p) {
+        *slots.place(exchange, p, 0, rank, number, row, unit) = rounded;
       }
     }
+    compute_barrier();
+    const int peer = static_cast<int>(threadIdx.x);
+    if (state.alive && peer >= first && peer < end) exchange.publish_tile(peer, 0, number);
   }
   __device__ void finish(float*, State&) const {}
 };
 
-constexpr int kReduceThreads = 256;
+constexpr int kReduceThreads = 512;
 
 template <class T>
 struct ReduceTiles {
-  TileLines lines;
+  TileSlots slots;
   Announcement announcement;
   const T* bias;         // [n] or null, as the following
   const T* residual;     // [m, n]
@@ -97,6 +91,14 @@ struct ReduceTiles {
   T* out;  // [m, n]
   T* y;    // [m, n], with norm_weight
 };
+
+// A block takes a group of tiles at a time, as many as its threads hold: every thread a unit, warps
+// in whole rows. Rows are padded to a power of two.
+__host__ __device__ inline int tiles_of_group(int m) {
+  int rows = 1;
+  while (rows < m) rows *= 2;
+  return kReduceThreads / (rows * kTileUnits);
+}
 
 // One block's part of reduce_tiles; all its threads call every function together.
 template <class T, int kWorld>
@@ -107,137 +109,99 @@ class TileReducer {
         exchange_(exchange),
         rank_(exchange.rank()),
         world_(exchange.world()),
-        all_(a.lines.tiles()) {}
+        all_(a.slots.tiles()),
+        group_(tiles_of_group(a.slots.m)),
+        padded_rows_(kReduceThreads / kTileUnits / group_),
+        row_(static_cast<int>(threadIdx.x) / kTileUnits % padded_rows_),
+        unit_(threadIdx.x % kTileUnits) {}
 
   // False: a failure.
   __device__ bool run() {
-    add_up();
-    if (a_.lines.two_shot) collect();
+    for (int tile = blockIdx.x * group_; tile < all_; tile += gridDim.x * group_) add_group(tile);
     if (a_.norm_weight) normalise();
     return alive_;
   }
 
  private:
-  // A stretch of [row][tile][pack], in whole rows of tiles: 16 neighbouring threads always hold the
-  // packs of one.
-  struct Stretch {
-    int begin, end;
-  };
-  __device__ Stretch stretch_of(int tiles) const {
-    const int total = a_.lines.m * tiles, each = (total + gridDim.x - 1) / gridDim.x;
-    const int begin = min(total, static_cast<int>(blockIdx.x) * each);
-    return {begin * kTilePacks, min(total, begin + each) * kTilePacks};
+  // The tile of this thread, in the group that begins with `first`.
+  __device__ int tile_in(int first) const {
+    return first + static_cast<int>(threadIdx.x) / kTileUnits / padded_rows_;
   }
-  struct Place {
-    int row, tile, pack;
-  };
-  __device__ Place place_at(int i, int tiles) const {
-    const int rows_of_tiles = i / kTilePacks, row = rows_of_tiles / tiles;
-    return {row, rows_of_tiles - row * tiles, i % kTilePacks};
-  }
+  __device__ bool holds(int tile) const { return tile < all_ && row_ < a_.slots.m; }
+  __device__ bool owns(int tile) const { return !a_.slots.two_shot || tile % world_ == rank_; }
   template <class U>
-  __device__ Row<U> row_of(U* matrix, int row) const {
-    return {matrix + int64_t{row} * a_.lines.n, a_.lines.n};
+  __device__ Units<U> row_of(U* matrix) const {
+    return {matrix + int64_t{row_} * a_.slots.n, a_.slots.n};
+  }
+  __device__ int64_t unit_in_row(int tile) const { return int64_t{tile} * kTileUnits + unit_; }
+
+  // A warp waits for those tiles of its rows that wanted(tile, source) names, one lane for each: up
+  // to 4 tiles (a row has 8 units), of up to 8 sources. Its lanes may read what the others have
+  // waited for.
+  template <class Wanted>
+  __device__ void await_tiles(int first, int phase, Wanted wanted) {
+    const int lane = threadIdx.x % 32, of_warp = threadIdx.x - lane;
+    const int begin = first + of_warp / kTileUnits / padded_rows_;
+    const int tile = begin + lane / 8, source = lane % 8;
+    const int end = first + (of_warp + 31) / kTileUnits / padded_rows_ + 1;
+    bool there = alive_;
+    if (there && tile < min(end, all_) && source < world_ && wanted(tile, source)) {
+      there = exchange_.await_tile(source, phase, tile);
+    }
+    alive_ = __all_sync(0xffffffffu, there);
   }
 
-  // The sum of squares of a row of a tile, from the 16 threads that hold it.
-  __device__ void note_squares(const Place& place, bool valid, uint2 total) const {
-    if (!a_.norm_weight) return;
-    float squares = valid ? Floats<T>(total).squares() : 0;
+  // The tiles that this rank adds, and then those that others have added. In this order: nobody
+  // waits for a sum without having sent his own.
+  __device__ void add_group(int first) {
+    const int tile = tile_in(first);
+    uint4 total = {};
+    await_tiles(first, 0, [&](int t, int) { return owns(t); });
+    if (alive_ && holds(tile) && owns(tile)) total = add(tile);
+    if (a_.slots.two_shot) {
+      __syncthreads();
+      const int done = first + static_cast<int>(threadIdx.x) / 8, peer = threadIdx.x % 8;
+      if (alive_ && done < min(first + group_, all_) && owns(done) && peer < world_ &&
+          peer != rank_) {
+        exchange_.publish_tile(peer, 1, done);
+      }
+      await_tiles(first, 1, [&](int t, int source) { return !owns(t) && source == t % world_; });
+      if (alive_ && holds(tile) && !owns(tile)) {
+        total = __ldcg(a_.slots.place(exchange_, rank_, 1, tile % world_, tile, row_, unit_));
+        row_of(a_.out).store(unit_in_row(tile), total);
+      }
+    }
+    if (a_.norm_weight) note_squares(tile, total);
+  }
+
+  __device__ uint4 add(int tile) const {
+    uint4 unit[kWorld];
 #pragma unroll
-    for (int offset = kTilePacks / 2; offset > 0; offset /= 2) {
+    for (int s = 0; s < kWorld; ++s) {
+      if (s < world_) unit[s] = __ldcg(a_.slots.place(exchange_, rank_, 0, s, tile, row_, unit_));
+    }
+    // Not before the tiles are there: only they show that whatever wrote the residual has ended.
+    const int64_t at = unit_in_row(tile);
+    uint4 addend[2] = {};
+    if (a_.bias) addend[0] = Units<const T>(a_.bias, a_.slots.n).load(at);
+    if (a_.residual) addend[1] = row_of(a_.residual).load(at);
+    const uint4 total = sum_units<T>(unit, world_, a_.bias ? &addend[0] : nullptr,
+                                     a_.residual ? &addend[1] : nullptr);
+    row_of(a_.out).store(at, total);
+    for (int p = 0; a_.slots.two_shot && p < world_; ++p) {
+      if (p != rank_) *a_.slots.place(exchange_, p, 1, rank_, tile, row_, unit_) = total;
+    }
+    return total;
+  }
+
+  // The sum of squares of a row of a tile, from the threads that hold it; total is zero elsewhere.
+  __device__ void note_squares(int tile, uint4 total) const {
+    float squares = squares_of<T>(total);
+#pragma unroll
+    for (int offset = kTileUnits / 2; offset > 0; offset /= 2) {
       squares += __shfl_xor_sync(0xffffffffu, squares, offset);
     }
-    if (valid && place.pack == 0) exchange_.squares()[place.row * all_ + place.tile] = squares;
-  }
-
-  // First hop: adds what has come for the tiles that this rank adds up.
-  __device__ void add_up() {
-    constexpr int kBatch = 8 / kWorld;  // packs that a thread waits for at once
-    // In two shots: tiles rank, rank + W, ...
-    const bool two_shot = a_.lines.two_shot;
-    const int owned = two_shot ? max(0, (all_ - rank_ + world_ - 1) / world_) : all_;
-    const Stretch stretch = stretch_of(owned);
-    for (int base = stretch.begin; base < stretch.end; base += kReduceThreads * kBatch) {
-      Line lines[kBatch * kWorld];
-      char* address[kBatch * kWorld];
-      Place place[kBatch];
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        const int i = base + static_cast<int>(threadIdx.x) + b * kReduceThreads;
-        place[b] = place_at(i, owned);
-        if (two_shot) place[b].tile = place[b].tile * world_ + rank_;
-#pragma unroll
-        for (int s = 0; s < kWorld; ++s) {
-          address[b * kWorld + s] =
-              i < stretch.end && s < world_
-                  ? a_.lines.first(exchange_, rank_, s, place[b].row, place[b].tile, place[b].pack)
-                  : nullptr;
-        }
-      }
-      alive_ = alive_ && take_lines<kBatch * kWorld>(
-                             exchange_, 0, address, [](int l) { return l % kWorld; }, lines);
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        const bool valid = alive_ && address[b * kWorld];
-        const int64_t at = int64_t{place[b].tile} * kTilePacks + place[b].pack;
-        uint2 total = {0, 0};
-        if (valid) {
-          Floats<T> sum(lines[b * kWorld].pack());
-#pragma unroll
-          for (int s = 1; s < kWorld; ++s) {
-            if (s < world_) sum.add(lines[b * kWorld + s].pack());
-          }
-          if (a_.bias) sum.add(Row<const T>(a_.bias, a_.lines.n).load(at));
-          if (a_.residual) {
-            sum.add(row_of(a_.residual, place[b].row).load(at));
-          }
-          total = sum.pack();
-          row_of(a_.out, place[b].row).store(at, total);
-          for (int p = 0; two_shot && p < world_; ++p) {
-            if (p == rank_) continue;
-            put_line(
-                a_.lines.second(exchange_, p, rank_, place[b].row, place[b].tile, place[b].pack),
-                total, exchange_.flag());
-          }
-        }
-        note_squares(place[b], valid, total);
-      }
-    }
-  }
-
-  // Second hop: the tiles that others have added up.
-  __device__ void collect() {
-    constexpr int kBatch = 4;
-    const Stretch stretch = stretch_of(all_);
-    for (int base = stretch.begin; base < stretch.end; base += kReduceThreads * kBatch) {
-      Line lines[kBatch];
-      char* address[kBatch];
-      Place place[kBatch];
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        const int i = base + static_cast<int>(threadIdx.x) + b * kReduceThreads;
-        place[b] = place_at(i, all_);
-        const int owner = place[b].tile % world_;
-        address[b] = i < stretch.end && owner != rank_
-                         ? a_.lines.second(exchange_, rank_, owner, place[b].row, place[b].tile,
-                                           place[b].pack)
-                         : nullptr;
-      }
-      alive_ = alive_ &&
-               take_lines<kBatch>(
-                   exchange_, 1, address, [&](int b) { return place[b].tile % world_; }, lines);
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        const bool valid = alive_ && address[b];
-        const uint2 total = lines[b].pack();
-        if (valid) {
-          row_of(a_.out, place[b].row)
-              .store(int64_t{place[b].tile} * kTilePacks + place[b].pack, total);
-        }
-        note_squares(place[b], valid, total);
-      }
-    }
+    if (holds(tile) && unit_ == 0) exchange_.squares()[row_ * all_ + tile] = squares;
   }
 
   __device__ void normalise() {
@@ -247,50 +211,54 @@ class TileReducer {
       alive_ = false;
       return;
     }
-    // The scales of the rows of this block's stretch.
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const Stretch stretch = stretch_of(all_);
-    const int first = place_at(stretch.begin, all_).row;
-    const int end = stretch.end > stretch.begin ? place_at(stretch.end - 1, all_).row + 1 : first;
-    for (int row = first + warp; row < end; row += kReduceThreads / 32) {
+    const int lane = threadIdx.x % 32;
+    for (int row = threadIdx.x / 32; row < a_.slots.m; row += kReduceThreads / 32) {
       float squares = 0;
       for (int t = lane; t < all_; t += 32) squares += __ldcg(exchange_.squares() + row * all_ + t);
 #pragma unroll
       for (int offset = 16; offset > 0; offset /= 2) {
         squares += __shfl_xor_sync(0xffffffffu, squares, offset);
       }
-      const float mean = squares / static_cast<float>(a_.lines.n);
-      if (lane == 0) scales[row - first] = 1.0f / sqrtf(mean + a_.eps);
+      const float mean = squares / static_cast<float>(a_.slots.n);
+      if (lane == 0) scales[row] = 1.0f / sqrtf(mean + a_.eps);
     }
     __syncthreads();
-    const Row<const T> factor(a_.norm_weight, a_.lines.n);
-#pragma unroll 4
-    for (int i = stretch.begin + threadIdx.x; i < stretch.end; i += kReduceThreads) {
-      const Place place = place_at(i, all_);
-      const int64_t at = int64_t{place.tile} * kTilePacks + place.pack;
-      // In two shots another block may have stored it: not from the L1 cache.
-      Floats<T> value(row_of(a_.out, place.row).load_uncached(at));
-      value.scale(scales[place.row - first], factor.load(at));
-      row_of(a_.y, place.row).store(at, value.pack());
+    const Units<const T> factor(a_.norm_weight, a_.slots.n);
+    for (int first = blockIdx.x * group_; first < all_; first += gridDim.x * group_) {
+      const int tile = tile_in(first);
+      if (!alive_ || !holds(tile)) continue;
+      // Every thread loads again what it has stored itself.
+      const int64_t at = unit_in_row(tile);
+      const uint4 unit = row_of(a_.out).load(at), by = factor.load(at);
+      row_of(a_.y).store(at, scaled<T>(unit, scales[row_], by));
     }
   }
 
   const ReduceTiles<T>& a_;
   const Exchange& exchange_;
   int rank_, world_, all_;
-  bool alive_ = true;  // a thread that has failed goes on to meet the others at their barriers
+  int group_, padded_rows_, row_, unit_;
+  bool alive_ = true;  // a warp that has failed goes on to meet the others at their barriers
 };
 
+// Starts while the GEMM still runs, and waits for tiles rather than for its end. Of what others
+// have written it reads, before that, only its count of calls: the GEMM has allowed it to start
+// when all kernels before had ended.
 template <class T, int kWorld>
-__global__ void __launch_bounds__(kReduceThreads)
+__global__ void __launch_bounds__(kReduceThreads, 2)
     reduce_tiles(const __grid_constant__ ReduceTiles<T> arguments) {
-  Exchange exchange(arguments.lines.workspace, blockIdx.x, gridDim.x);
-  wait_for_predecessor();
-  if (!exchange.begin_block()) return;
-  TileReducer<T, kWorld> reducer(arguments, exchange);
-  bool alive = reducer.run();
+  Exchange exchange(arguments.slots.workspace, blockIdx.x, gridDim.x);
+  allow_successor();
+  if (!exchange.begin_block()) {
+    wait_for_predecessor();
+    return;
+  }
   // The GEMM announced the call; its words are awaited here.
-  if (blockIdx.x == 0 && alive) alive = exchange.await_words(arguments.announcement.tag);
+  bool alive = true;
+  if (blockIdx.x == 0) alive = exchange.await_words(arguments.announcement.tag);
+  alive = !__syncthreads_or(!alive);
+  if (alive) alive = TileReducer<T, kWorld>(arguments, exchange).run();
+  wait_for_predecessor();
   if (alive) exchange.finish();
 }
 

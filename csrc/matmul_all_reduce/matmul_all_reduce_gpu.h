@@ -18,8 +18,8 @@ struct MatmulAllReduceArgs {
   bool two_shot;
 };
 
-// Whether the lines hold the tiles of [m, n].
-bool matmul_all_reduce_fits(const Workspace& workspace, int64_t m, int64_t n, bool two_shot);
+// Whether the workspace holds the tiles of [m, n].
+bool matmul_all_reduce_fits(const Workspace& workspace, int64_t m, int64_t n);
 
 // out = sum over ranks of x w^T, + bias, + residual; y = RMSNorm(out) norm_weight.
 void matmul_all_reduce(const CallSite& site, const MatmulAllReduceArgs& args);
