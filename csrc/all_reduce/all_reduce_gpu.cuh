@@ -22,7 +22,6 @@ __global__ void __launch_bounds__(1024)
                         const __grid_constant__ Announcement announcement, const T* x, T* out,
                         int64_t n) {
   Exchange exchange(workspace, blockIdx.x, gridDim.x);
-  allow_successor();
   wait_for_predecessor();
   const Row<const T> from(x, n);
   const Row<T> to(out, n);
@@ -64,7 +63,6 @@ __global__ void __launch_bounds__(1024)
                         const __grid_constant__ Announcement announcement, const T* x, T* out,
                         int64_t n) {
   Exchange exchange(workspace, blockIdx.x, gridDim.x);
-  allow_successor();
   wait_for_predecessor();
   if (!exchange.begin_block()) return;
   const int rank = exchange.rank(), world = exchange.world();
@@ -131,7 +129,6 @@ __global__ void __launch_bounds__(kBulkThreads, 2)
                     const __grid_constant__ Announcement announcement, const T* x,
                     const T* residual, T* out, int64_t n) {
   Exchange exchange(workspace, blockIdx.x, gridDim.x);
-  allow_successor();
   wait_for_predecessor();
   if (!exchange.begin_block()) return;
   if (blockIdx.x == 0) exchange.announce(announcement);
@@ -187,7 +184,6 @@ __global__ void __launch_bounds__(kBulkThreads, 2)
                         const __grid_constant__ Announcement announcement,
                         const __grid_constant__ PeerTensor x, int64_t n) {
   Exchange exchange(workspace, blockIdx.x, gridDim.x);
-  allow_successor();
   wait_for_predecessor();
   if (!exchange.begin_block()) return;
   if (blockIdx.x == 0) exchange.announce(announcement);

@@ -33,12 +33,15 @@ void all_reduce_rms_norm(const CallSite& site, AllReduceRMSNorm algorithm, const
   const int world = site.workspace.world;
   const bool by_lines = algorithm == AllReduceRMSNorm::by_lines;
   const int blocks = by_lines ? a.rows : (a.rows + world - 1) / world;
+  const int64_t row_bytes = units_of(a.n, a.dtype) * 16;
+  const Workspace workspace =
+      site.workspace.with_areas_of(by_lines ? 2 * a.rows * row_bytes : blocks * row_bytes);
   int threads = 128;
   while (threads < kNormThreads && threads < units_of(a.n, a.dtype)) threads *= 2;
   const Grid grid = {std::clamp(blocks, 1, site.max_blocks), threads, site.stream};
   with_type(a.dtype, [&]<class T>() {
     with_world(world, [&]<int kWorld>() {
-      launch(kernel<T, kWorld>(algorithm), grid, site.workspace, Announcement(site.descriptor),
+      launch(kernel<T, kWorld>(algorithm), grid, workspace, Announcement(site.descriptor),
              static_cast<const T*>(a.x), static_cast<const T*>(a.residual),
              static_cast<const T*>(a.weight), a.eps, static_cast<T*>(a.y), static_cast<T*>(a.out),
              a.rows, a.n);

@@ -57,7 +57,6 @@ __global__ void __launch_bounds__(kNormThreads)
   // waits for at once.
   constexpr int kHeld = 4, kTogether = kWorld == 2 ? 4 : kWorld == 4 ? 2 : 1;
   Exchange exchange(workspace, blockIdx.x, gridDim.x);
-  allow_successor();
   wait_for_predecessor();
   const int packs = (n + kPackElements<T> - 1) / kPackElements<T>;
   const Row<const T> factor(weight, n);
@@ -175,7 +174,6 @@ __global__ void __launch_bounds__(kNormThreads)
                                 const T* residual, const T* weight, float eps, T* y, T* out,
                                 int rows, int n) {
   Exchange exchange(workspace, blockIdx.x, gridDim.x);
-  allow_successor();
   wait_for_predecessor();
   if (!exchange.begin_block()) return;
   if (blockIdx.x == 0) exchange.announce(announcement);
@@ -281,7 +279,6 @@ __global__ void __launch_bounds__(kNormThreads)
 template <class T>
 __global__ void __launch_bounds__(512)
     rms_norm_rows(const T* x, const T* weight, float eps, T* y, int rows, int n) {
-  allow_successor();
   wait_for_predecessor();
   const int packs = (n + kPackElements<T> - 1) / kPackElements<T>;
   const Row<const T> factor(weight, n);

@@ -35,7 +35,7 @@ class GpuCall {
     return gpu().enter(descriptor, stream, bytes_sent);
   }
   void wrote(std::initializer_list<Range> ranges) const {
-    gpu::wrote(gpu().device(), stream, Allows::at_once, ranges);
+    gpu::wrote(gpu().device(), stream, ranges);
   }
 
   Communicator& communicator;

@@ -84,7 +84,7 @@ at::Tensor matmul_of_tensors(const at::Tensor& x, const at::Tensor& weight, int6
     y = at::empty({x.size(0), n}, x.options());
     matmul(matmul_args(x, weight, blocks, stream), data_or_null(bias), y.mutable_data_ptr(),
            stream);
-    wrote(device, stream, Allows::when_predecessors_have_ended, {range_of(y)});
+    wrote(device, stream, {range_of(y)});
   } else {
     y = at::linear(x, weight, bias);
   }

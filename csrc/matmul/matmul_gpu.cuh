@@ -404,7 +404,6 @@ __global__ void __launch_bounds__(kHopperThreads, 2)
   __syncthreads();
 
   wait_for_predecessor();  // x, y and the workspace are ours from here on
-  allow_successor();
 
   if (producer) {
     RingPosition at;
@@ -520,7 +519,6 @@ __global__ void __launch_bounds__(kComputeThreads)
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int segments = shape.plan.parts_per_block + shape.plan.rounds;
   wait_for_predecessor();
-  allow_successor();
   typename Epilogue::State state = epilogue.begin();
 
   const auto load = [&](const Segment& segment, int sub_chunk, int stage) {

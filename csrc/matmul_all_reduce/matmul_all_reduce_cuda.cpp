@@ -26,8 +26,7 @@ std::pair<at::Tensor, at::Tensor> unfused(GpuCall& call, const Descriptor& descr
     product = at::empty({x.size(0), w.size(0)}, x.options());
     matmul(matmul_args(x, w, call.gpu().max_blocks(), call.stream), nullptr,
            product.mutable_data_ptr(), call.stream);
-    wrote(call.gpu().device(), call.stream, Allows::when_predecessors_have_ended,
-          {range_of(product)});
+    call.wrote({range_of(product)});
   } else {
     product = at::linear(x, w);
   }
@@ -115,7 +114,6 @@ std::pair<at::Tensor, at::Tensor> summed_product(const at::Tensor& x, const at::
     matmul_all_reduce(
         call.enter(descriptor, two_shot ? 2 * peers * bytes / call.world() : peers * bytes), args);
   }
-  if (fused) wrote(call.gpu().device(), call.stream, Allows::when_predecessors_have_ended, {});
   if (y.defined()) {
     call.wrote({range_of(out), range_of(y)});
   } else {

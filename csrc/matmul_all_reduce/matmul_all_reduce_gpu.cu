@@ -13,8 +13,10 @@ bool matmul_all_reduce_fits(const Workspace& workspace, int64_t m, int64_t n) {
 
 void matmul_all_reduce(const CallSite& site, const MatmulAllReduceArgs& a) {
   const auto run = [&]<class T>() {
-    const TileSlots slots = {site.workspace, static_cast<int>(a.matmul.m),
-                             static_cast<int>(a.matmul.n), a.two_shot};
+    const int64_t tiles = divide_up(a.matmul.n, kTileColumns);
+    const TileSlots slots = {site.workspace.with_areas_of(tiles * a.matmul.m * kTileUnits * 16),
+                             static_cast<int>(a.matmul.m), static_cast<int>(a.matmul.n),
+                             a.two_shot};
     const Announcement announcement(site.descriptor);
     MatmulLaunch<T, SendTiles<T>>(a.matmul, {slots, announcement}, site.stream).run();
     const ReduceTiles<T> reduce = {slots,
@@ -25,7 +27,7 @@ void matmul_all_reduce(const CallSite& site, const MatmulAllReduceArgs& a) {
                                    a.eps,
                                    static_cast<T*>(a.out),
                                    static_cast<T*>(a.y)};
-    const int64_t groups = divide_up(divide_up(a.matmul.n, kTileColumns), tiles_of_group(slots.m));
+    const int64_t groups = divide_up(tiles, tiles_of_group(slots.m));
     const int blocks = static_cast<int>(std::min<int64_t>(groups, site.max_blocks));
     with_world(site.workspace.world, [&]<int kWorld>() {
       launch(reduce_tiles<T, kWorld>, Grid{blocks, kReduceThreads, site.stream}, reduce);

@@ -180,7 +180,6 @@ class TileReducer {
     for (int s = 0; s < kWorld; ++s) {
       if (s < world_) unit[s] = __ldcg(a_.slots.place(exchange_, rank_, 0, s, tile, row_, unit_));
     }
-    // Not before the tiles are there: only they show that whatever wrote the residual has ended.
     const int64_t at = unit_in_row(tile);
     uint4 addend[2] = {};
     if (a_.bias) addend[0] = Units<const T>(a_.bias, a_.slots.n).load(at);
@@ -241,25 +240,19 @@ class TileReducer {
   bool alive_ = true;  // a warp that has failed goes on to meet the others at their barriers
 };
 
-// Starts while the GEMM still runs, and waits for tiles rather than for its end. Of what others
-// have written it reads, before that, only its count of calls: the GEMM has allowed it to start
-// when all kernels before had ended.
+// (Blocks that start while the GEMM runs, and wait for tiles rather than for its end, lose: 57
+// against 50 us, W = 2, 4096 -> 8192.)
 template <class T, int kWorld>
 __global__ void __launch_bounds__(kReduceThreads, 2)
     reduce_tiles(const __grid_constant__ ReduceTiles<T> arguments) {
   Exchange exchange(arguments.slots.workspace, blockIdx.x, gridDim.x);
-  allow_successor();
-  if (!exchange.begin_block()) {
-    wait_for_predecessor();
-    return;
-  }
+  wait_for_predecessor();
+  if (!exchange.begin_block()) return;
   // The GEMM announced the call; its words are awaited here.
   bool alive = true;
   if (blockIdx.x == 0) alive = exchange.await_words(arguments.announcement.tag);
   alive = !__syncthreads_or(!alive);
-  if (alive) alive = TileReducer<T, kWorld>(arguments, exchange).run();
-  wait_for_predecessor();
-  if (alive) exchange.finish();
+  if (alive && TileReducer<T, kWorld>(arguments, exchange).run()) exchange.finish();
 }
 
 }  // namespace commfuse::gpu

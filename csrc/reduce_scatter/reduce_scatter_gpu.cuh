@@ -14,7 +14,6 @@ __global__ void __launch_bounds__(1024)
                             const __grid_constant__ Announcement announcement, const T* x,
                             int64_t stride, T* out, int64_t n) {
   Exchange exchange(workspace, blockIdx.x, gridDim.x);
-  allow_successor();
   wait_for_predecessor();
   if (!exchange.begin_block()) return;
   const int rank = exchange.rank(), world = exchange.world();
@@ -59,7 +58,6 @@ __global__ void __launch_bounds__(kBulkThreads, 2)
                            const __grid_constant__ Announcement announcement, const T* x,
                            int64_t stride, T* out, int64_t n) {
   Exchange exchange(workspace, blockIdx.x, gridDim.x);
-  allow_successor();
   wait_for_predecessor();
   if (!exchange.begin_block()) return;
   if (blockIdx.x == 0) exchange.announce(announcement);
