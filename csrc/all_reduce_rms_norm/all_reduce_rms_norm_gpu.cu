@@ -29,16 +29,38 @@ int64_t all_reduce_rms_norm_capacity(const Workspace& workspace, AllReduceRMSNor
   return workspace.slot_bytes / (16 * units) * workspace.world;
 }
 
+namespace {
+
+int threads_for(int64_t items, int most) {
+  int threads = 64;
+  while (threads < most && threads < items) threads *= 2;
+  return threads;
+}
+
+// A pack for each thread of a cluster, and as many clusters as surely run at the same time: two
+// blocks on each multiprocessor. The blocks of a cluster must find room in one group of
+// multiprocessors, of which a rank that shares its GPU has few.
+Grid grid_by_lines(const CallSite& site, int64_t packs, int rows) {
+  const int room = is_hopper_or_later() ? std::min(kMostBlocksOfCluster, site.max_blocks / 4) : 1;
+  int cluster = 1;
+  while (cluster * 2 <= room && cluster * kLineThreads < packs) cluster *= 2;
+  const int clusters = std::clamp(rows, 1, std::max(1, 2 * site.max_blocks / cluster));
+  const int threads = threads_for((packs + cluster - 1) / cluster, kLineThreads);
+  return {clusters * cluster, threads, site.stream, 0, cluster};
+}
+
+}  // namespace
+
 void all_reduce_rms_norm(const CallSite& site, AllReduceRMSNorm algorithm, const RMSNormArgs& a) {
   const int world = site.workspace.world;
+  const int64_t units = units_of(a.n, a.dtype);
   const bool by_lines = algorithm == AllReduceRMSNorm::by_lines;
-  const int blocks = by_lines ? a.rows : (a.rows + world - 1) / world;
-  const int64_t row_bytes = units_of(a.n, a.dtype) * 16;
+  const int groups = (a.rows + world - 1) / world;
+  const Grid grid = by_lines ? grid_by_lines(site, 2 * units, a.rows)
+                             : Grid{std::clamp(groups, 1, site.max_blocks),
+                                    threads_for(units, kRowThreads), site.stream};
   const Workspace workspace =
-      site.workspace.with_areas_of(by_lines ? 2 * a.rows * row_bytes : blocks * row_bytes);
-  int threads = 128;
-  while (threads < kNormThreads && threads < units_of(a.n, a.dtype)) threads *= 2;
-  const Grid grid = {std::clamp(blocks, 1, site.max_blocks), threads, site.stream};
+      site.workspace.with_areas_of((by_lines ? 2 * a.rows : groups) * units * 16);
   with_type(a.dtype, [&]<class T>() {
     with_world(world, [&]<int kWorld>() {
       launch(kernel<T, kWorld>(algorithm), grid, workspace, Announcement(site.descriptor),

@@ -1,18 +1,21 @@
-// residual' = residual + sum over ranks of x; y = RMSNorm(residual') weight, between GPUs. A block
-// handles whole rows, and normalises them while they are in its registers:
+// residual' = residual + sum over ranks of x; y = RMSNorm(residual') weight, between GPUs. A row is
+// normalised while it is in the registers of those who have added it:
 //
-//   by lines   every rank sends every row to everybody, as flag-in-data lines: one hop
-//   by rows    row g W + d goes to rank d, which adds and sends the sum: two hops through slots,
-//   and
-//              every rank normalises all rows
+//   by lines   a cluster of blocks handles a row: every rank sends every row to everybody, as
+//              flag-in-data lines, in one hop
+//   by rows    a block handles a row of every rank: row g W + d goes to rank d, which adds and
+//   sends
+//              the sum, in two hops through slots, and every rank normalises all rows
 #pragma once
 
+#include "gpu/cluster.cuh"
 #include "gpu/lines.cuh"
 #include "gpu/units.cuh"
 
 namespace commfuse::gpu {
 
-constexpr int kNormThreads = 512;  // of a block at most: a thread has 128 registers
+// Threads of a block at most; together with the registers of a thread.
+constexpr int kLineThreads = 256, kRowThreads = 512;
 
 // The sums of kCount values over the block, in a fixed order; all threads call and get them.
 template <int kCount>
@@ -46,43 +49,45 @@ __device__ __forceinline__ float norm_scale(float squares, int n, float eps) {
   return 1.0f / sqrtf(squares / static_cast<float>(n) + eps);
 }
 
-// One shot; rows [rows, n]; residual may be null.
+// One shot; rows [rows, n]; residual may be null. Each block of a cluster has a stretch of the row.
 template <class T, int kWorld>
-__global__ void __launch_bounds__(kNormThreads)
+__global__ void __launch_bounds__(kLineThreads, 3)
     all_reduce_rms_norm_by_lines(const __grid_constant__ Workspace workspace,
                                  const __grid_constant__ Announcement announcement, const T* x,
                                  const T* residual, const T* weight, float eps, T* y, T* out,
                                  int rows, int n) {
-  // Packs of a row that a thread keeps (more are read again), and of them those whose lines it
-  // waits for at once.
-  constexpr int kHeld = 4, kTogether = kWorld == 2 ? 4 : kWorld == 4 ? 2 : 1;
+  constexpr int kHeld = 2;  // packs of a row that a thread keeps; more are read again
+  __shared__ float partial[2];
+  const Cluster cluster;
   Exchange exchange(workspace, blockIdx.x, gridDim.x);
   wait_for_predecessor();
+  const int clusters = gridDim.x / cluster.size(), first_row = blockIdx.x / cluster.size();
   const int packs = (n + kPackElements<T> - 1) / kPackElements<T>;
-  const Row<const T> factor(weight, n);
+  const int stretch = (packs + cluster.size() - 1) / cluster.size();
+  const int begin = cluster.rank() * stretch, end = min(packs, begin + stretch);
+  const auto at = [&](int k) { return static_cast<int>(begin + threadIdx.x + k * blockDim.x); };
   const auto of_row = [&]<class U>(U* matrix, int row) {
     return Row<U>(matrix + int64_t{row} * n, n);
   };
-  const auto at = [&](int k) { return static_cast<int>(threadIdx.x + k * blockDim.x); };
 
-  // All that the block's first row needs is on the way before anything is waited for.
+  // All that the first row needs is on the way before anything is waited for.
+  const Row<const T> factor(weight, n);
   uint2 mine[kHeld] = {}, addend[kHeld] = {}, scale_by[kHeld] = {};
   const auto load_row = [&](int row) {
 #pragma unroll
     for (int k = 0; k < kHeld; ++k) {
-      if (at(k) < packs) mine[k] = of_row(x, row).load(at(k));
-    }
-#pragma unroll
-    for (int k = 0; k < kHeld; ++k) {
-      if (residual && at(k) < packs) addend[k] = of_row(residual, row).load(at(k));
+      if (at(k) >= end) continue;
+      mine[k] = of_row(x, row).load(at(k));
+      if (residual) addend[k] = of_row(residual, row).load(at(k));
     }
   };
-  if (static_cast<int>(blockIdx.x) < rows) load_row(blockIdx.x);
+  if (first_row < rows) load_row(first_row);
 #pragma unroll
   for (int k = 0; k < kHeld; ++k) {
-    if (at(k) < packs) scale_by[k] = factor.load(at(k));
+    if (at(k) < end) scale_by[k] = factor.load(at(k));
   }
-  if (!exchange.begin_block()) return;
+  // A block that has failed goes on to meet the others of its cluster.
+  bool alive = exchange.begin_block();
   const int rank = exchange.rank(), world = exchange.world();
   const auto line = [&](int owner, int source, int row, int pack) {
     return exchange.lines(owner, source) + (int64_t{row} * packs + pack) * kLineStride;
@@ -94,73 +99,58 @@ __global__ void __launch_bounds__(kNormThreads)
     }
   };
 
-  for (int row = blockIdx.x; row < rows; row += gridDim.x) {
-    const bool first = row == static_cast<int>(blockIdx.x);
+  for (int row = first_row; row < rows && alive; row += clusters) {
 #pragma unroll
     for (int k = 0; k < kHeld; ++k) {
-      if (at(k) < packs) send(row, at(k), first ? mine[k] : of_row(x, row).load(at(k)));
+      if (at(k) < end) send(row, at(k), row == first_row ? mine[k] : of_row(x, row).load(at(k)));
     }
-    for (int j = at(kHeld); j < packs; j += blockDim.x) send(row, j, of_row(x, row).load(j));
+    for (int j = at(kHeld); j < end; j += blockDim.x) send(row, j, of_row(x, row).load(j));
   }
-  if (blockIdx.x == 0) exchange.announce_with_word(announcement);
+  if (blockIdx.x == 0 && alive) exchange.announce_with_word(announcement);
 
-  bool alive = true;
-  for (int row = blockIdx.x; row < rows; row += gridDim.x) {
-    if (row != static_cast<int>(blockIdx.x)) load_row(row);
+  for (int row = first_row, i = 0; row < rows; row += clusters, ++i) {
+    if (row != first_row) load_row(row);
     const Row<T> to = of_row(out, row), normalised = of_row(y, row);
     float squares[1] = {0};
-    // Packs j, j + threads, ...: kTogether of them.
-    const auto add = [&](int j, const uint2* own, const uint2* more, uint2* total) {
-      Line lines[kTogether * kWorld];
-      char* address[kTogether * kWorld];
-#pragma unroll
-      for (int i = 0; i < kTogether * kWorld; ++i) {
-        const int pack = j + i / kWorld * blockDim.x, s = i % kWorld;
-        address[i] = pack < packs && s < world && s != rank ? line(rank, s, row, pack) : nullptr;
-      }
-      alive = alive && take_lines<kTogether * kWorld>(
-                           exchange, 0, address, [](int i) { return i % kWorld; }, lines);
-#pragma unroll
-      for (int b = 0; b < kTogether; ++b) {
-        const int pack = j + b * blockDim.x;
-        if (!alive || pack >= packs) continue;
-        Floats<T> sum = sum_of<T, kWorld>(exchange, lines + b * kWorld, own[b]);
-        if (residual) sum.add(more[b]);
-        total[b] = sum.pack();
-        to.store(pack, total[b]);
-        squares[0] += Floats<T>(total[b]).squares();
-      }
+    const auto add = [&](int pack, uint2 own, uint2 more) {
+      Line lines[kWorld];
+      alive = alive && take_from_peers<kWorld>(
+                           exchange, 0, [&](int s) { return line(rank, s, row, pack); }, lines);
+      Floats<T> sum = sum_of<T, kWorld>(exchange, lines, own);
+      if (residual) sum.add(more);
+      const uint2 total = sum.pack();
+      if (alive) to.store(pack, total);
+      squares[0] += Floats<T>(total).squares();
+      return total;
     };
     uint2 held[kHeld];
 #pragma unroll
-    for (int k = 0; k < kHeld; k += kTogether) add(at(k), mine + k, addend + k, held + k);
-    for (int j = at(kHeld); j < packs; j += kTogether * blockDim.x) {
-      uint2 own[kTogether], more[kTogether] = {}, total[kTogether];
-#pragma unroll
-      for (int b = 0; b < kTogether; ++b) {
-        const int pack = j + b * blockDim.x;
-        if (pack >= packs) continue;
-        own[b] = of_row(x, row).load(pack);
-        if (residual) more[b] = of_row(residual, row).load(pack);
-      }
-      add(j, own, more, total);
+    for (int k = 0; k < kHeld; ++k) {
+      if (at(k) < end) held[k] = add(at(k), mine[k], addend[k]);
+    }
+    for (int j = at(kHeld); j < end; j += blockDim.x) {
+      uint2 more = {};
+      if (residual) more = of_row(residual, row).load(j);
+      add(j, of_row(x, row).load(j), more);
     }
     block_sums(squares);
-    const float scale = norm_scale(squares[0], n, eps);
+    // In turns, so that nobody's is overwritten before all have read it.
+    const float scale = norm_scale(cluster.sum(squares[0], &partial[i % 2]), n, eps);
 #pragma unroll
     for (int k = 0; k < kHeld; ++k) {
-      if (!alive || at(k) >= packs) continue;
+      if (!alive || at(k) >= end) continue;
       Floats<T> value(held[k]);
       value.scale(scale, scale_by[k]);
       normalised.store(at(k), value.pack());
     }
     // Whoever stored a pack of the row loads it again: no other thread's stores are read.
-    for (int j = at(kHeld); j < packs && alive; j += blockDim.x) {
+    for (int j = at(kHeld); j < end && alive; j += blockDim.x) {
       Floats<T> value(to.load(j));
       value.scale(scale, factor.load(j));
       normalised.store(j, value.pack());
     }
   }
+  cluster.sync();  // nobody leaves while others read his sum
   if (!alive) return;
   if (blockIdx.x == 0 && !exchange.await_words(announcement.tag)) return;
   exchange.finish();
@@ -168,7 +158,7 @@ __global__ void __launch_bounds__(kNormThreads)
 
 // Two shots; slots hold [group][unit], group g being rows g W to g W + W - 1.
 template <class T, int kWorld>
-__global__ void __launch_bounds__(kNormThreads)
+__global__ void __launch_bounds__(kRowThreads)
     all_reduce_rms_norm_by_rows(const __grid_constant__ Workspace workspace,
                                 const __grid_constant__ Announcement announcement, const T* x,
                                 const T* residual, const T* weight, float eps, T* y, T* out,

@@ -29,10 +29,17 @@ inline int device_attribute(cudaDeviceAttr which) {
   return value;
 }
 
+// The first with programmatic dependent launch and clusters.
+inline bool is_hopper_or_later() {
+  static const bool is = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
+  return is;
+}
+
 struct Grid {
   int blocks, threads;
   cudaStream_t stream;
   int shared_bytes = 0;
+  int cluster = 1;  // blocks
 };
 
 // A pack (8 bytes) for each thread, if so many can run. Few threads a block for few packs: they
@@ -55,17 +62,18 @@ inline Grid bulk_grid(int64_t bytes, const CallSite& site) {
 
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), const Grid& grid, Arguments&&... arguments) {
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
   config.blockDim = dim3(static_cast<unsigned>(grid.threads));
   config.dynamicSmemBytes = static_cast<size_t>(grid.shared_bytes);
   config.stream = grid.stream;
-  config.attrs = &attribute;
-  static const bool supported = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
-  config.numAttrs = supported ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = !is_hopper_or_later() ? 0 : grid.cluster > 1 ? 2 : 1;
   check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
 }
 
