@@ -13,9 +13,8 @@ at::Tensor all_reduce_of_tensor(const at::Tensor& x, int64_t handle) {
     return x.clone();
   }
   at::Tensor out = at::empty_like(x);
-  all_reduce_all(call, describe(Op::all_reduce, dtype, x.sizes()),
-                 all_reduce_algorithm(call.gpu(), static_cast<int64_t>(x.nbytes())), dtype,
-                 x.const_data_ptr(), nullptr, out.mutable_data_ptr(), x.numel());
+  all_reduce_all(call, describe(Op::all_reduce, dtype, x.sizes()), dtype, x.const_data_ptr(),
+                 nullptr, out.mutable_data_ptr(), x.numel());
   call.wrote({range_of(out)});
   return out;
 }
@@ -36,7 +35,7 @@ void all_reduce_in_place_of_tensor(const at::Tensor& x, int64_t handle) {
     all_reduce_in_place(call.enter(descriptor, sent), dtype, place->peers, x.numel());
   } else {
     void* data = x.mutable_data_ptr();
-    all_reduce_all(call, descriptor, algorithm, dtype, data, nullptr, data, x.numel());
+    all_reduce_all(call, descriptor, dtype, data, nullptr, data, x.numel());
   }
   call.wrote({range_of(x)});
 }

@@ -16,11 +16,12 @@ inline AllReduce all_reduce_algorithm(const Attachment& gpu, int64_t bytes) {
   return AllReduce::bulk;
 }
 
-// out[n] = sum over ranks of x[n] (+ residual[n], in bulk only), in as many calls as it takes; two
-// ranks or more.
-inline void all_reduce_all(GpuCall& call, const Descriptor& descriptor, AllReduce algorithm,
-                           DType dtype, const void* x, const void* residual, void* out, int64_t n) {
+// out[n] = sum over ranks of x[n], + residual[n] unless that is null, in as many calls as it takes;
+// two ranks or more.
+inline void all_reduce_all(GpuCall& call, const Descriptor& descriptor, DType dtype, const void* x,
+                           const void* residual, void* out, int64_t n) {
   const int64_t size = static_cast<int64_t>(size_of(dtype)), peers = call.world() - 1;
+  const AllReduce algorithm = all_reduce_algorithm(call.gpu(), n * size);
   const int64_t capacity = all_reduce_capacity(call.gpu().workspace(), algorithm) / size;
   int64_t done = 0;
   do {

@@ -29,21 +29,22 @@ void all_reduce(const CallSite& site, AllReduce algorithm, DType dtype, const vo
   const int64_t packs = (bytes + 7) / 8, packs_of_part = (packs + world - 1) / world;
   const int64_t units_of_part = ((bytes + 15) / 16 + world - 1) / world;
   with_type(dtype, [&]<class T>() {
-    const T* from = static_cast<const T*>(x);
+    const T *from = static_cast<const T*>(x), *addend = static_cast<const T*>(residual);
     T* to = static_cast<T*>(out);
     with_world(world, [&]<int kWorld>() {
       switch (algorithm) {
         case AllReduce::one_shot:
           return launch(all_reduce_one_shot<T, kWorld>, line_grid(bytes, site),
-                        site.workspace.with_areas_of(packs * 16), announcement, from, to, n);
+                        site.workspace.with_areas_of(packs * 16), announcement, from, addend, to,
+                        n);
         case AllReduce::two_shot:
           return launch(all_reduce_two_shot<T, kWorld>, line_grid(part, site),
                         site.workspace.with_areas_of(2 * packs_of_part * 16), announcement, from,
-                        to, n);
+                        addend, to, n);
         case AllReduce::bulk:
           return launch(all_reduce_bulk<T, kWorld>, bulk_grid(part, site),
                         site.workspace.with_areas_of(units_of_part * 16), announcement, from,
-                        static_cast<const T*>(residual), to, n);
+                        addend, to, n);
       }
     });
   });

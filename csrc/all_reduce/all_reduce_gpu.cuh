@@ -7,7 +7,8 @@
 //                       and writes the sum into everybody's x, between two barriers. Nobody else
 //                       touches part d, and nothing is staged.
 //
-// Every sum is formed in float32 in rank order and rounded once.
+// Every sum is formed in float32 in rank order, a residual (null, or equal on all ranks) last, and
+// rounded once.
 #pragma once
 
 #include "gpu/lines.cuh"
@@ -17,13 +18,13 @@ namespace commfuse::gpu {
 
 // One-shot. The threads of all blocks deal out the packs; each sends its packs and adds what comes.
 template <class T, int kWorld>
-__global__ void __launch_bounds__(1024)
+__global__ void __launch_bounds__(kLineThreads)
     all_reduce_one_shot(const __grid_constant__ Workspace workspace,
-                        const __grid_constant__ Announcement announcement, const T* x, T* out,
-                        int64_t n) {
+                        const __grid_constant__ Announcement announcement, const T* x,
+                        const T* residual, T* out, int64_t n) {
   Exchange exchange(workspace, blockIdx.x, gridDim.x);
   wait_for_predecessor();
-  const Row<const T> from(x, n);
+  const Row<const T> from(x, n), addend(residual, n);
   const Row<T> to(out, n);
   const int64_t packs = (n + kPackElements<T> - 1) / kPackElements<T>;
   const int64_t first = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
@@ -45,11 +46,14 @@ __global__ void __launch_bounds__(1024)
   if (blockIdx.x == 0) exchange.announce_with_word(announcement);
   for (int64_t i = first; i < packs; i += stride) {
     const uint2 own = i == first ? mine : from.load(i);
+    uint2 more = {0, 0};
+    if (residual) more = addend.load(i);
     Line lines[kWorld];
     if (!take_from_peers<kWorld>(
             exchange, 0, [&](int s) { return exchange.lines(rank, s) + i * kLineStride; }, lines))
       return;
     Floats<T> sum = sum_of<T, kWorld>(exchange, lines, own);
+    if (residual) sum.add(more);
     to.store(i, sum.pack());
   }
   if (blockIdx.x == 0 && !exchange.await_words(announcement.tag)) return;
@@ -58,15 +62,15 @@ __global__ void __launch_bounds__(1024)
 
 // Two-shot by lines. Pack d * part + j belongs to part d; one thread handles pack j of all parts.
 template <class T, int kWorld>
-__global__ void __launch_bounds__(1024)
+__global__ void __launch_bounds__(kLineThreads)
     all_reduce_two_shot(const __grid_constant__ Workspace workspace,
-                        const __grid_constant__ Announcement announcement, const T* x, T* out,
-                        int64_t n) {
+                        const __grid_constant__ Announcement announcement, const T* x,
+                        const T* residual, T* out, int64_t n) {
   Exchange exchange(workspace, blockIdx.x, gridDim.x);
   wait_for_predecessor();
   if (!exchange.begin_block()) return;
   const int rank = exchange.rank(), world = exchange.world();
-  const Row<const T> from(x, n);
+  const Row<const T> from(x, n), addend(residual, n);
   const Row<T> to(out, n);
   const int64_t packs = (n + kPackElements<T> - 1) / kPackElements<T>;
   const int64_t part = (packs + world - 1) / world;
@@ -92,11 +96,14 @@ __global__ void __launch_bounds__(1024)
   if (blockIdx.x == 0) exchange.announce_with_word(announcement);
   for (int64_t j = first; j < part; j += stride) {
     const uint2 own = j == first ? mine : from.load(rank * part + j);
+    uint2 more = {0, 0};
+    if (residual) more = addend.load(rank * part + j);
     Line lines[kWorld];
     if (!take_from_peers<kWorld>(
             exchange, 0, [&](int s) { return exchange.lines(rank, s) + j * kLineStride; }, lines))
       return;
     Floats<T> sum = sum_of<T, kWorld>(exchange, lines, own);
+    if (residual) sum.add(more);
     const uint2 total = sum.pack();
 #pragma unroll
     for (int p = 0; p < kWorld; ++p) {
@@ -122,7 +129,7 @@ __global__ void __launch_bounds__(1024)
 }
 
 // Two-shot in bulk. A block handles the same stretch of every part, so that its words and those of
-// the blocks of its number are all it needs. residual is null or equal on all ranks.
+// the blocks of its number are all it needs.
 template <class T, int kWorld>
 __global__ void __launch_bounds__(kBulkThreads, 2)
     all_reduce_bulk(const __grid_constant__ Workspace workspace,

@@ -11,7 +11,7 @@ enum class AllReduce { one_shot, two_shot, bulk };
 // Bytes that one call can carry.
 int64_t all_reduce_capacity(const Workspace& workspace, AllReduce algorithm);
 
-// out[n] = sum over ranks of x[n] (+ residual[n], in bulk only); out may be x.
+// out[n] = sum over ranks of x[n], + residual[n] unless that is null; out may be x.
 void all_reduce(const CallSite& site, AllReduce algorithm, DType dtype, const void* x,
                 const void* residual, void* out, int64_t n);
 

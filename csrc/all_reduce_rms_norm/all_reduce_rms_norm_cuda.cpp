@@ -7,34 +7,6 @@
 
 namespace commfuse::gpu {
 
-void all_reduce_rms_norm_all(GpuCall& call, const Descriptor& descriptor, const RMSNormArgs& a) {
-  const Workspace& workspace = call.gpu().workspace();
-  const int64_t size = static_cast<int64_t>(size_of(a.dtype)), row_bytes = a.n * size;
-  const bool small = all_reduce_algorithm(call.gpu(), a.rows * row_bytes) == AllReduce::one_shot;
-  const auto algorithm = small ? AllReduceRMSNorm::by_lines : AllReduceRMSNorm::by_rows;
-  const int64_t most = all_reduce_rms_norm_capacity(workspace, algorithm, a.dtype, a.n);
-  if (most == 0) {  // a row is larger than a slot
-    all_reduce_all(call, descriptor, AllReduce::bulk, a.dtype, a.x, a.residual, a.out,
-                   int64_t{a.rows} * a.n);
-    rms_norm(a, call.gpu().max_blocks(), call.stream);
-    return;
-  }
-  int64_t done = 0;
-  do {
-    RMSNormArgs part = a;
-    part.rows = static_cast<int>(std::min<int64_t>(most, a.rows - done));
-    part.x = offset_by(a.x, done * row_bytes);
-    part.residual = offset_by(a.residual, done * row_bytes);
-    part.y = offset_by(a.y, done * row_bytes);
-    part.out = offset_by(a.out, done * row_bytes);
-    const int64_t peers = call.world() - 1, bytes = part.rows * row_bytes;
-    all_reduce_rms_norm(
-        call.enter(descriptor, small ? peers * bytes : 2 * peers * bytes / call.world()), algorithm,
-        part);
-    done += part.rows;
-  } while (done < a.rows);
-}
-
 namespace {
 
 std::tuple<at::Tensor, at::Tensor> all_reduce_rms_norm_of_tensors(
@@ -49,15 +21,16 @@ std::tuple<at::Tensor, at::Tensor> all_reduce_rms_norm_of_tensors(
   args.dtype = dtype;
   args.weight = weight.const_data_ptr();
   args.eps = static_cast<float>(eps);
-  args.rows = static_cast<int>(x.size(0));
-  args.n = static_cast<int>(x.size(1));
+  args.rows = x.size(0);
+  args.n = x.size(1);
+  TORCH_CHECK_VALUE(args.rows <= INT32_MAX && args.n <= INT32_MAX, "x is too large: ", x.sizes());
   at::Tensor y = at::empty_like(x), out;
   args.y = y.mutable_data_ptr();
   if (call.world() == 1) {
     call.communicator.check();
     out = residual ? at::add(x, *residual) : x.clone();
-    args.out = out.mutable_data_ptr();
-    rms_norm(args, call.gpu().max_blocks(), call.stream);
+    rms_norm(dtype, out.const_data_ptr(), args.weight, args.eps, args.y, args.rows, args.n,
+             call.stream);
   } else {
     out = at::empty_like(x);
     args.x = x.const_data_ptr();

@@ -1,34 +1,19 @@
-// All-reduce, residual and RMSNorm between GPUs; knows no framework.
+// RMSNorm behind an all-reduce between GPUs; knows no framework. The kernel:
+// all_reduce_rms_norm_gpu.cuh.
 #pragma once
 
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
 #include "cpu/dtypes.h"
-#include "gpu/call_site.h"
 
 namespace commfuse::gpu {
 
-struct RMSNormArgs {
-  DType dtype;
-  const void* x;         // [rows, n]
-  const void* residual;  // [rows, n], equal on all ranks, or null
-  const void* weight;    // [n]
-  float eps;
-  void* y;    // [rows, n]
-  void* out;  // [rows, n] residual'
-  int rows, n;
-};
+// y [rows, n] = RMSNorm(x) weight; rows and n below 2^31.
+void rms_norm(DType dtype, const void* x, const void* weight, float eps, void* y, int64_t rows,
+              int64_t n, cudaStream_t stream);
 
-enum class AllReduceRMSNorm { by_lines, by_rows };
-
-// Rows that one launch can carry; 0: not even one.
-int64_t all_reduce_rms_norm_capacity(const Workspace& workspace, AllReduceRMSNorm algorithm,
-                                     DType dtype, int64_t n);
-
-// One launch.
-void all_reduce_rms_norm(const CallSite& site, AllReduceRMSNorm algorithm, const RMSNormArgs& args);
-
-// y = RMSNorm(out) weight alone, where out holds the sum already.
-void rms_norm(const RMSNormArgs& args, int max_blocks, cudaStream_t stream);
-
-void load_all_reduce_rms_norm();
+void load_rms_norm();
 
 }  // namespace commfuse::gpu

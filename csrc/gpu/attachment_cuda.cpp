@@ -58,7 +58,7 @@ Attachment::Attachment(Communicator& communicator, int device,
     workspace_.report = reinterpret_cast<GpuReport*>(workspace_.base[0] + kDescriptors);
   }
   load_all_reduce();
-  load_all_reduce_rms_norm();
+  load_rms_norm();
   load_reduce_scatter();
   load_all_gather();
   load_matmul();

@@ -12,6 +12,7 @@
 
 #include "cpu/dtypes.h"
 #include "gpu/call_site.h"
+#include "gpu/lines.cuh"
 #include "gpu/units.cuh"
 
 namespace commfuse::gpu {
@@ -29,17 +30,10 @@ inline int device_attribute(cudaDeviceAttr which) {
   return value;
 }
 
-// The first with programmatic dependent launch and clusters.
-inline bool is_hopper_or_later() {
-  static const bool is = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
-  return is;
-}
-
 struct Grid {
   int blocks, threads;
   cudaStream_t stream;
   int shared_bytes = 0;
-  int cluster = 1;  // blocks
 };
 
 // A pack (8 bytes) for each thread, if so many can run. Few threads a block for few packs: they
@@ -47,7 +41,7 @@ struct Grid {
 inline Grid line_grid(int64_t bytes, const CallSite& site) {
   const int64_t packs = std::max<int64_t>(1, (bytes + 7) / 8);
   int threads = 128;
-  while (threads < 1024 && threads * int64_t{site.max_blocks} < packs) threads *= 2;
+  while (threads < kLineThreads && threads * int64_t{site.max_blocks} < packs) threads *= 2;
   const int64_t blocks = std::min<int64_t>((packs + threads - 1) / threads, site.max_blocks);
   return {static_cast<int>(blocks), threads, site.stream};
 }
@@ -62,18 +56,17 @@ inline Grid bulk_grid(int64_t bytes, const CallSite& site) {
 
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), const Grid& grid, Arguments&&... arguments) {
-  cudaLaunchAttribute attributes[2];
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
   config.blockDim = dim3(static_cast<unsigned>(grid.threads));
   config.dynamicSmemBytes = static_cast<size_t>(grid.shared_bytes);
   config.stream = grid.stream;
-  config.attrs = attributes;
-  config.numAttrs = !is_hopper_or_later() ? 0 : grid.cluster > 1 ? 2 : 1;
+  config.attrs = &attribute;
+  static const bool supported = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
+  config.numAttrs = supported ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
 }
 

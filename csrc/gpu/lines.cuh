@@ -9,6 +9,7 @@
 namespace commfuse::gpu {
 
 constexpr int64_t kLineStride = 16;
+constexpr int kLineThreads = 512;  // of a block at most: lines of 8 ranks take registers
 
 __device__ __forceinline__ void put_line(char* line, uint2 pack, uint32_t flag) {
   const uint64_t high = static_cast<uint64_t>(flag) << 32;

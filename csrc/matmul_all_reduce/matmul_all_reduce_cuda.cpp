@@ -35,10 +35,8 @@ std::pair<at::Tensor, at::Tensor> unfused(GpuCall& call, const Descriptor& descr
     addend = addend ? at::add(*addend, *tail.bias) : tail.bias->expand_as(product).contiguous();
   at::Tensor out = at::empty_like(product), y;
   if (!tail.norm_weight) {
-    const auto algorithm = all_reduce_algorithm(call.gpu(), static_cast<int64_t>(product.nbytes()));
-    all_reduce_all(call, descriptor, algorithm, dtype, product.const_data_ptr(), nullptr,
+    all_reduce_all(call, descriptor, dtype, product.const_data_ptr(), data_or_null(addend),
                    out.mutable_data_ptr(), product.numel());
-    if (addend) out.add_(*addend);
   } else {
     y = at::empty_like(product);
     RMSNormArgs args = {};
@@ -49,8 +47,8 @@ std::pair<at::Tensor, at::Tensor> unfused(GpuCall& call, const Descriptor& descr
     args.eps = static_cast<float>(tail.eps);
     args.y = y.mutable_data_ptr();
     args.out = out.mutable_data_ptr();
-    args.rows = static_cast<int>(x.size(0));
-    args.n = static_cast<int>(w.size(0));
+    args.rows = x.size(0);
+    args.n = w.size(0);
     all_reduce_rms_norm_all(call, descriptor, args);
   }
   return {out, y};
@@ -88,15 +86,8 @@ std::pair<at::Tensor, at::Tensor> summed_product(const at::Tensor& x, const at::
     if (tail.residual) out.add_(*tail.residual);
     if (tail.norm_weight) {
       y = at::empty_like(out);
-      RMSNormArgs args = {};
-      args.dtype = dtype;
-      args.weight = tail.norm_weight->const_data_ptr();
-      args.eps = static_cast<float>(tail.eps);
-      args.y = y.mutable_data_ptr();
-      args.out = out.mutable_data_ptr();
-      args.rows = static_cast<int>(m);
-      args.n = static_cast<int>(n);
-      rms_norm(args, call.gpu().max_blocks(), call.stream);
+      rms_norm(dtype, out.const_data_ptr(), tail.norm_weight->const_data_ptr(),
+               static_cast<float>(tail.eps), y.mutable_data_ptr(), m, n, call.stream);
     }
   } else {
     out = at::empty({m, n}, x.options());
