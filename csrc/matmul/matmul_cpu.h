@@ -231,7 +231,6 @@ void gemm_group(const GemmArgs& a, int64_t panel_begin, int64_t panel_end) {
     const int64_t vecs = (left < kPanelColumns ? left : kPanelColumns) / kLanes;
     const int64_t k_bytes = vecs * kLanes * static_cast<int64_t>(sizeof(T));
     const T* w = weights + column * k_padded;
-    own_output<T>(a, 0, a.rows, column, vecs);
     int64_t begin = 0;
     do {
       const int64_t length = a.k - begin < kChunkK<T> ? a.k - begin : kChunkK<T>;
@@ -242,6 +241,7 @@ void gemm_group(const GemmArgs& a, int64_t panel_begin, int64_t panel_end) {
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t row = tile * a.rows / tiles, end = (tile + 1) * a.rows / tiles;
         const int64_t fetched = tile * share * steps;
+        if (begin + length == a.k) own_output<T>(a, row, end - row, column, vecs);
         gemm_rows<T>(static_cast<int>(end - row), x + row * a.x_stride + begin, a.x_stride, w, vecs,
                      length, begin > 0, sums + row * kPanelColumns,
                      {next + fetched * 64, fetched < lines ? static_cast<int>(share) : 0});
