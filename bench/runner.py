@@ -16,7 +16,7 @@ from commfuse import _extension, ops
 from commfuse.bench.gpu_peers import GPU_PEERS
 from commfuse.bench.peers import CPU_PEERS, Peer
 from commfuse.bench.provenance import gpu_provenance, last_level_cache_bytes, provenance
-from commfuse.bench.timing import Cell, Times, gather, measure
+from commfuse.bench.timing import SECONDS, Cell, Times, gather, measure
 from commfuse.errors import BackendUnavailable, CommfuseError, UsageError
 from commfuse.runtime import launch
 from commfuse.runtime.communicator import Communicator
@@ -30,7 +30,10 @@ from commfuse.testing.numerics import complaint, digest
 # Weights (and KV caches) rotate over copies that together exceed any cache that could hold them.
 ROTATED_BYTES = 64 << 20
 READ_BYTES, READ_SLICE = 256 << 20, 32 << 20
+# Of each cell's calls, where differences of a few per cent between cells make `exposed`.
+EXPOSED_SECONDS = 4.0
 AUTO, _READ = "auto", "read"
+_GEMM, _UNFUSED = "gemm", "gemm+all_reduce"
 
 
 @dataclass(frozen=True)
@@ -228,7 +231,9 @@ def measure_case(case: Case, options: Options, comm: Communicator) -> list[dict]
     streams = options.device == "cpu" and adapter.streamed_bytes() > 0
     if streams := streams and _extension.module is not None:
         cells.append(_read_cell())
-    times = measure(cells, comm, options.iterations, interleaved=streams)
+    exposes = {_GEMM, _UNFUSED} <= {cell.name for cell in cells}
+    seconds = EXPOSED_SECONDS if exposes else SECONDS
+    times = measure(cells, comm, options.iterations, interleaved=streams, seconds=seconds)
     read_gb_per_s = READ_SLICE / times[_READ].p50_us / 1e3 if streams else None
     return [
         _row(adapter, options, comm, times, cell.name, len(cell.calls), read_gb_per_s)
@@ -344,19 +349,22 @@ def visible(
         unfused: the GEMM, then an all-reduce; the fastest of these counts.
 
     Returns:
-        (fused - gemm) / (unfused - gemm) of the medians; None where one of them is missing, or the
+        (fused - gemm) / (unfused - gemm), both the medians over the rounds of what a call takes
+        longer (:meth:`commfuse.bench.timing.Times.longer_us`); None where a cell is missing, or the
         all-reduce costs nothing.
     """
-    found = [times[other].p50_us for other in unfused if other in times]
-    if gemm not in times or not found or min(found) <= times[gemm].p50_us:
+    if gemm not in times:
         return None
-    alone = times[gemm].p50_us
-    return (times[name].p50_us - alone) / (min(found) - alone)
+    alone = times[gemm]
+    communication = [times[other].longer_us(alone) for other in unfused if other in times]
+    if not communication or min(communication) <= 0:
+        return None
+    return times[name].longer_us(alone) / min(communication)
 
 
 def _exposed(times: Mapping[str, Times], name: str, options: Options) -> dict[str, float | None]:
     """The fields of a row that say how much communication stays visible."""
-    own = "gemm", ["gemm+all_reduce"]
+    own = _GEMM, [_UNFUSED]
     if options.device == "cpu":
         return {"exposed": visible(times, name, *own) if name in ("cpu", AUTO) else None}
     if name not in (AUTO, "cuda", "triton"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from commfuse.runtime.communicator import Communicator
 
-SECONDS = 1.0  # of calls, for each cell
+SECONDS = 1.0  # of calls, for each cell, where it is not said
 FEWEST, MOST = 50, 20_000  # calls of a cell, where their number is not given
 ROUNDS = 10  # in every round each cell has its turn: a drift of the machine hits all alike
 
@@ -49,6 +49,7 @@ class Times:
     Attributes:
         iterations: how often was timed.
         calls: made each time; times are by call.
+        samples_us: each time, in order, float64[iterations].
     """
 
     iterations: int
@@ -56,6 +57,31 @@ class Times:
     p20_us: float
     p50_us: float
     p80_us: float
+    samples_us: np.ndarray = field(repr=False, compare=False)
+
+    @classmethod
+    def of(cls, samples_us: np.ndarray, calls: int) -> Times:
+        """The percentiles of times by call."""
+        p20, p50, p80 = np.percentile(samples_us, (20, 50, 80)).tolist()
+        return cls(len(samples_us), calls, p20, p50, p80, samples_us)
+
+    def longer_us(self, other: Times) -> float:
+        """By how much a call takes longer than another cell's: the median over the rounds.
+
+        Two cells that take turns see the same machine in a round. What its speed does from round to
+        round falls out of their differences, but not out of the difference of their medians.
+
+        Raises:
+            ValueError: the cells did not take turns: they have different numbers of times.
+
+        Example:
+            >>> slow = Times.of(np.array([3.0, 30.0, 12.0]), 1)
+            >>> slow.longer_us(Times.of(np.array([2.0, 29.0, 10.0]), 1))
+            1.0
+        """
+        if self.iterations != other.iterations:
+            raise ValueError(f"{self.iterations} and {other.iterations} times cannot be paired")
+        return float(np.median(self.samples_us - other.samples_us))
 
 
 def gather(value: Any, comm: Communicator) -> list[Any]:
@@ -80,12 +106,12 @@ def _time(cell: Cell, comm: Communicator, first: int, count: int) -> list[int]:
     return times
 
 
-def _calls_per_round(cell: Cell, comm: Communicator, iterations: int | None) -> int:
+def _calls_per_round(cell: Cell, comm: Communicator, iterations: int | None, seconds: float) -> int:
     """How many calls, agreed on by all ranks; runs each call once, which also warms it up."""
     first = _time(cell, comm, 0, max(len(cell.calls), 3))
     if iterations is None:
         slowest = max(gather(float(np.median(first)), comm))
-        iterations = int(min(max(SECONDS * 1e9 / slowest, FEWEST), MOST))
+        iterations = int(min(max(seconds * 1e9 / slowest, FEWEST), MOST))
     return -(-iterations // ROUNDS)
 
 
@@ -94,6 +120,7 @@ def measure(
     comm: Communicator,
     iterations: int | None = None,
     interleaved: bool = False,
+    seconds: float = SECONDS,
 ) -> dict[str, Times]:
     """Times cells side by side; every rank calls with the same cells.
 
@@ -103,10 +130,13 @@ def measure(
             they are made, and not the default one, which cannot be captured.
         comm: its barrier precedes everything that is timed; its device says how that is done.
         iterations: on the CPU calls of each cell, rounded up to a multiple of the rounds; None:
-            about a second's worth. On a GPU replays of each cell; None: 20.
+            as many as ``seconds`` hold. On a GPU replays of each cell; None: 20.
         interleaved: on the CPU: cells take turns call by call, with equally many calls. For cells
             that start cold in any case: a drift of the memory's speed then hits all of them alike,
-            and small differences between them show. On a GPU replays always do.
+            and small differences between them show, by :meth:`Times.longer_us`. On a GPU replays
+            always do.
+        seconds: on the CPU the time that each cell's calls take, the slowest cell's where they are
+            interleaved. A difference of a few per cent takes hundreds of rounds to show.
 
     Returns:
         By cell name, from each call's slowest rank.
@@ -124,21 +154,25 @@ def measure(
         if comm.device.type == "cuda":
             times, calls = _replays(cells, comm, iterations or REPLAYS)
         else:
-            times, calls = _turns(cells, comm, iterations, interleaved), [1] * len(cells)
+            times, calls = _turns(cells, comm, iterations, interleaved, seconds), [1] * len(cells)
     finally:
         gc.enable()
     result = {}
     for cell, taken, count in zip(cells, times, calls, strict=True):
         slowest = np.max(np.array(gather(taken, comm)), axis=0) / 1e3 / count
-        result[cell.name] = Times(len(taken), count, *np.percentile(slowest, (20, 50, 80)).tolist())
+        result[cell.name] = Times.of(slowest, count)
     return result
 
 
 def _turns(
-    cells: Sequence[Cell], comm: Communicator, iterations: int | None, interleaved: bool
+    cells: Sequence[Cell],
+    comm: Communicator,
+    iterations: int | None,
+    interleaved: bool,
+    seconds: float,
 ) -> list[list[int]]:
     """Nanoseconds of every call of every cell on the CPU."""
-    rounds, counts = ROUNDS, [_calls_per_round(cell, comm, iterations) for cell in cells]
+    rounds, counts = ROUNDS, [_calls_per_round(cell, comm, iterations, seconds) for cell in cells]
     if interleaved:
         rounds, counts = ROUNDS * min(counts), [1] * len(cells)
     times: list[list[int]] = [[] for _ in cells]

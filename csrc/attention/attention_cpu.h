@@ -99,9 +99,12 @@ inline void attend_heads(int rows, const T* q, const T* k, const T* v, int64_t l
   if constexpr (R > 1) {
     if (rows < R) return attend_heads<T, R - 1>(rows, q, k, v, length, dim, scale, scratch, out);
   }
+  constexpr int64_t kAhead = 2048;  // bytes
   const int64_t padded = round_up(length, kLanes);
   for (int64_t i = 0; i < padded; i += kLanes) {
-    gemm_tile<T, R, 1>(q, dim, k + i * dim, kLanes * Packed<T>::k_step, dim, scratch + i, padded);
+    const T* block = k + i * dim;
+    gemm_tile<T, R, 1>(q, dim, block, kLanes * Packed<T>::k_step, dim, false, scratch + i, padded,
+                       {reinterpret_cast<const char*>(block) + kAhead, 1});
   }
   for (int r = 0; r < R; ++r) softmax_row(scratch + r * padded, length, padded, scale);
   weigh_values<T, R>(scratch, padded, v, length, dim, out);

@@ -87,10 +87,13 @@ struct KernelTable {
 };
 
 namespace amx {
-// The only entry that is not avx512's. A pointer: GCC would take the definition, compiled for more
-// than this declaration, for another version of a function.
+// The only entry that is not avx512_bf16's. A pointer: GCC would take the definition, compiled for
+// more than this declaration, for another version of a function.
 extern void (*const gemm)(const GemmArgs&, int64_t panel_begin, int64_t panel_end);
 }  // namespace amx
+namespace avx512_bf16 {
+extern const KernelTable table;
+}
 namespace avx512 {
 extern const KernelTable table;
 }
@@ -101,7 +104,8 @@ namespace plain {
 extern const KernelTable table;
 }
 
-// The table for this processor, or the one named by COMMFUSE_CPU_ISA (amx, avx512, avx2, plain).
+// The table for this processor, or the one named by COMMFUSE_CPU_ISA (amx, avx512_bf16,
+// avx512, avx2, plain).
 // Throws std::invalid_argument if the name is unknown or the processor cannot run it.
 const KernelTable& kernels();
 

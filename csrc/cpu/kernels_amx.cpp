@@ -11,9 +11,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
-// The bias, the activation and the rounding are those of avx512, whose inline functions are
-// compiled here for exactly what kernels_avx512.cpp compiles them for.
-#define COMMFUSE_ISA avx512
+// The bias, the activation and the rounding are those of avx512_bf16, whose inline functions are
+// compiled here for exactly what kernels_avx512_bf16.cpp compiles them for.
+#define COMMFUSE_ISA avx512_bf16
+#define COMMFUSE_BF16_INSTRUCTIONS
 COMMFUSE_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
 #include "cpu/vec_avx512.h"
 // clang-format off: the kernels need the Vec above
@@ -30,7 +31,7 @@ namespace {
 
 void gemm_any(const GemmArgs& a, int64_t panel_begin, int64_t panel_end) {
   if (a.dtype == DType::bfloat16) return gemm_bfloat16(a, panel_begin, panel_end);
-  avx512::table.gemm(a, panel_begin, panel_end);
+  avx512_bf16::table.gemm(a, panel_begin, panel_end);
 }
 
 }  // namespace

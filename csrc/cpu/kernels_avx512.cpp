@@ -13,7 +13,7 @@
 #include "cpu/isa.h"
 
 #define COMMFUSE_ISA avx512
-COMMFUSE_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
+COMMFUSE_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #include "cpu/vec_avx512.h"
 // clang-format off: the kernels need the Vec above
 #include "cpu/kernels.inc"

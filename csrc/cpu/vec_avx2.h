@@ -85,8 +85,6 @@ inline void store(T* p, Vec a, int n) {
   __builtin_memcpy(p, buffer, static_cast<size_t>(n) * sizeof(T));
 }
 
-inline Vec broadcast_from(const float* p) { return broadcast(*p); }
-inline Vec broadcast_from(const Float16* p) { return broadcast(_cvtsh_ss(p->bits)); }
 inline unsigned lanes(__m256 lo, __m256 hi) {
   return static_cast<unsigned>(_mm256_movemask_ps(lo) | _mm256_movemask_ps(hi) << 8);
 }
@@ -113,38 +111,12 @@ inline float maximum(Vec a) {
   return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
 
-struct PackedBFloat16 {
-  static constexpr int k_step = 2;
-  struct Weights {
-    Vec even, odd;
-  };
-  struct Input {
-    Vec even, odd;
-  };
-  static float scalar(uint32_t high_bits) {
-    float value;
-    __builtin_memcpy(&value, &high_bits, 4);
-    return value;
-  }
-  static Weights load_weights(const BFloat16* p) {
-    const __m256i* pairs = reinterpret_cast<const __m256i*>(p);
-    const __m256i a = _mm256_loadu_si256(pairs), b = _mm256_loadu_si256(pairs + 1);
-    const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
-    return {{_mm256_castsi256_ps(_mm256_slli_epi32(a, 16)),
-             _mm256_castsi256_ps(_mm256_slli_epi32(b, 16))},
-            {_mm256_castsi256_ps(_mm256_and_si256(a, high)),
-             _mm256_castsi256_ps(_mm256_and_si256(b, high))}};
-  }
-  static Input load_input(const BFloat16* x) {
-    return {broadcast(scalar(static_cast<uint32_t>(x[0].bits) << 16)),
-            broadcast(scalar(static_cast<uint32_t>(x[1].bits) << 16))};
-  }
-  static Input load_last_input(const BFloat16* x) {
-    return {broadcast(scalar(static_cast<uint32_t>(x[0].bits) << 16)), zero()};
-  }
-  static Vec dot(Vec acc, Input x, Weights w) {
-    return fma(x.odd, w.odd, fma(x.even, w.even, acc));
-  }
-};
+inline Vec load_half(const BFloat16* pairs, int odd) {
+  const __m256i* both = reinterpret_cast<const __m256i*>(pairs);
+  const __m256i a = _mm256_loadu_si256(both), b = _mm256_loadu_si256(both + 1);
+  const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+  return {_mm256_castsi256_ps(odd ? _mm256_and_si256(a, high) : _mm256_slli_epi32(a, 16)),
+          _mm256_castsi256_ps(odd ? _mm256_and_si256(b, high) : _mm256_slli_epi32(b, 16))};
+}
 
 }  // namespace commfuse::avx2

@@ -1,11 +1,14 @@
 // Vec: 16 float32 lanes in one AVX-512 register. See vec_plain.h for what each function means.
+//
+// Compiled twice: as avx512_bf16 with the instructions for bfloat16 (COMMFUSE_BF16_INSTRUCTIONS),
+// and as avx512 without them.
 #pragma once
 
 #include <immintrin.h>
 
 #include "cpu/dtypes.h"
 
-namespace commfuse::avx512 {
+namespace commfuse::COMMFUSE_ISA {
 
 constexpr int kTileRows =
     6;  // 6 rows x 4 vectors of accumulators + 4 of weights: 28 of 32 registers
@@ -35,9 +38,23 @@ inline Vec widen(__m256i bits, BFloat16) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
 }
 inline Vec widen(__m256i bits, Float16) { return {_mm512_cvtph_ps(bits)}; }
+#ifdef COMMFUSE_BF16_INSTRUCTIONS
 inline __m256i narrow(Vec a, BFloat16) {
   return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a.v));
 }
+#else
+inline __m256i narrow(Vec a, BFloat16) {
+  // As in vec_avx2.h.
+  const __m512i bits = _mm512_castps_si512(a.v);
+  const __m512i kept = _mm512_srli_epi32(bits, 16);
+  const __m512i half =
+      _mm512_add_epi32(_mm512_and_si512(kept, _mm512_set1_epi32(1)), _mm512_set1_epi32(0x7fff));
+  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(
+      _mm512_mask_or_epi32(rounded, is_nan, kept, _mm512_set1_epi32(0x40)));
+}
+#endif
 inline __m256i narrow(Vec a, Float16) { return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT); }
 
 inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
@@ -62,8 +79,6 @@ inline void store(T* p, Vec a, int n) {
   _mm256_mask_storeu_epi16(p, first_lanes(n), narrow(a, T{}));
 }
 
-inline Vec broadcast_from(const float* p) { return {_mm512_set1_ps(*p)}; }
-inline Vec broadcast_from(const Float16* p) { return {_mm512_set1_ps(_cvtsh_ss(p->bits))}; }
 inline bool any_nan(Vec a) { return _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q) != 0; }
 inline int first_lane_equal(Vec a, float value) {
   const __mmask16 equal = _mm512_cmp_ps_mask(a.v, _mm512_set1_ps(value), _CMP_EQ_OQ);
@@ -73,12 +88,21 @@ inline int first_lane_equal(Vec a, float value) {
 inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 inline float maximum(Vec a) { return _mm512_reduce_max_ps(a.v); }
 
-// Two consecutive k of 16 outputs: what one packed bfloat16 vector holds.
-struct PackedBFloat16 {
-  static constexpr int k_step = 2;
+// The even (0) or the odd (1) elements of 16 pairs.
+inline Vec load_half(const BFloat16* pairs, int odd) {
+  const __m512i both = _mm512_loadu_si512(pairs);
+  const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  return {_mm512_castsi512_ps(odd ? _mm512_and_si512(both, high) : _mm512_slli_epi32(both, 16))};
+}
+
+#ifdef COMMFUSE_BF16_INSTRUCTIONS
+// Products of packed bfloat16 weights: both k of a pair in one instruction.
+struct PairProducts {
+  static constexpr int k_step = 2, terms = 1;
+  using X = BFloat16;
   using Weights = __m512bh;
   using Input = __m512bh;
-  static Weights load_weights(const BFloat16* p) {
+  static Weights load_weights(const BFloat16* p, int) {
     return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p));
   }
   static Input load_input(const BFloat16* x) {
@@ -91,5 +115,6 @@ struct PackedBFloat16 {
   }
   static Vec dot(Vec acc, Input x, Weights w) { return {_mm512_dpbf16_ps(acc.v, x, w)}; }
 };
+#endif
 
-}  // namespace commfuse::avx512
+}  // namespace commfuse::COMMFUSE_ISA

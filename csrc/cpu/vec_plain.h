@@ -137,10 +137,6 @@ inline void store(T* p, Vec a, int n) {
   for (int i = 0; i < n; ++i) narrow(a.v[i], p + i);
 }
 
-template <class T>
-inline Vec broadcast_from(const T* p) {
-  return broadcast(widen(*p));
-}
 inline bool any_nan(Vec a) {
   bool found = false;
   for (int i = 0; i < kLanes; ++i) found |= a.v[i] != a.v[i];
@@ -164,25 +160,9 @@ inline float maximum(Vec a) {
   return best;
 }
 
-// The inner step of a GEMM over packed bfloat16 weights: 16 outputs, two consecutive k.
-struct PackedBFloat16 {
-  static constexpr int k_step = 2;
-  struct Weights {
-    Vec even, odd;
-  };
-  struct Input {
-    float even, odd;
-  };
-  static Weights load_weights(const BFloat16* p) {
-    return {each([&](int i) { return widen(p[2 * i]); }),
-            each([&](int i) { return widen(p[2 * i + 1]); })};
-  }
-  static Input load_input(const BFloat16* x) { return {widen(x[0]), widen(x[1])}; }
-  // The last input of an odd K: its partner in the packed weights is padding.
-  static Input load_last_input(const BFloat16* x) { return {widen(x[0]), 0.0f}; }
-  static Vec dot(Vec acc, Input x, Weights w) {
-    return each([&](int i) { return acc.v[i] + x.even * w.even.v[i] + x.odd * w.odd.v[i]; });
-  }
-};
+// The even (0) or the odd (1) elements of 16 pairs.
+inline Vec load_half(const BFloat16* pairs, int odd) {
+  return each([&](int i) { return widen(pairs[2 * i + odd]); });
+}
 
 }  // namespace commfuse::plain

@@ -12,8 +12,8 @@
 
 namespace commfuse::amx {
 
-using avx512::load;
-using avx512::store;
+using avx512_bf16::load;
+using avx512_bf16::store;
 
 constexpr int64_t kTileRows = 16;  // of x and of the accumulators
 constexpr int64_t kTileK = 32;
@@ -211,7 +211,7 @@ inline void gemm_group(const GemmArgs& a, int64_t panel_begin, int64_t panel_end
     const int64_t vecs = (left < kPanelColumns ? left : kPanelColumns) / kLanes;
     const int64_t step = vecs * kLanes * 2;
     const BFloat16* w = weights + column * k_padded;
-    avx512::own_output<BFloat16>(a, 0, a.rows, column, vecs);
+    avx512_bf16::own_output<BFloat16>(a, 0, a.rows, column, vecs);
     for (int64_t tile = 0; tile < k_tiles; tile += chunk_tiles) {
       const int64_t tiles = k_tiles - tile < chunk_tiles ? k_tiles - tile : chunk_tiles;
       multiply({x + tile * kTileK, a.x_stride, w + tile * (kTileK / 2) * step, step, tiles, acc,
@@ -228,11 +228,11 @@ inline void gemm_group(const GemmArgs& a, int64_t panel_begin, int64_t panel_end
       const int rows = static_cast<int>(a.rows - row < kTileRows ? a.rows - row : kTileRows);
       const float* from = acc + tile * kTileRows * kPanelColumns;
       if (a.out_float32) {
-        avx512::gemm_epilogue<BFloat16>(a, rows, vecs, column, from,
-                                        static_cast<float*>(a.out) + row * a.out_stride);
+        avx512_bf16::gemm_epilogue<BFloat16>(a, rows, vecs, column, from,
+                                             static_cast<float*>(a.out) + row * a.out_stride);
       } else {
-        avx512::gemm_epilogue<BFloat16>(a, rows, vecs, column, from,
-                                        static_cast<BFloat16*>(a.out) + row * a.out_stride);
+        avx512_bf16::gemm_epilogue<BFloat16>(a, rows, vecs, column, from,
+                                             static_cast<BFloat16*>(a.out) + row * a.out_stride);
       }
     }
   }

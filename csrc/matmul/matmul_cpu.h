@@ -9,111 +9,169 @@
 
 namespace commfuse::COMMFUSE_ISA {
 
-// How weights of type T are packed and multiplied; bfloat16 has its own, in pairs of k.
+// How weights of type T are packed and multiplied: k_step consecutive k lie together for each
+// output, and take `terms` steps of the sum, each with a vector of weights and an element of x.
 template <class T>
 struct Packed {
-  static constexpr int k_step = 1;
+  static constexpr int k_step = 1, terms = 1;
+  using X = float;  // what the sum takes x as
   using Weights = Vec;
   using Input = Vec;
-  static Weights load_weights(const T* p) { return load(p); }
-  static Input load_input(const T* x) { return broadcast_from(x); }
-  static Input load_last_input(const T* x) { return broadcast_from(x); }
+  static Weights load_weights(const T* p, int) { return load(p); }
+  static Input load_input(const float* x) { return broadcast(*x); }
   static Vec dot(Vec acc, Input x, Weights w) { return fma(x, w, acc); }
 };
+#ifdef COMMFUSE_BF16_INSTRUCTIONS
 template <>
-struct Packed<BFloat16> : PackedBFloat16 {};
+struct Packed<BFloat16> : PairProducts {};
+#else
+template <>
+struct Packed<BFloat16> : Packed<float> {
+  static constexpr int k_step = 2, terms = 2;
+  static Weights load_weights(const BFloat16* p, int term) { return load_half(p, term); }
+};
+#endif
 
 // float32 products summed in one run: longer sums are put together from runs, since the rounding
 // error of a run grows with its length, and beyond what torch's GEMM errs. The narrow types lose
 // more when their result is rounded.
 constexpr int64_t kFloatRun = 32;
+// All rows use a chunk of a panel, in the L1 cache, while the next one arrives there.
+constexpr int64_t kChunkBytes = 16 * 1024;
+template <class T>
+constexpr int64_t kChunkK = kChunkBytes / (kPanelColumns * static_cast<int64_t>(sizeof(T)));
+// Rows whose sums are kept at once, and that share one pass over the weights.
+constexpr int64_t kGroupRows = 256;
 
-// out[R][V] (+)= x[R, k] times V vectors of a panel whose k-steps lie `step` elements apart.
-template <class T, int R, int V, bool kAdd>
-inline void gemm_run(const T* x, int64_t x_stride, const T* w, int64_t step, int64_t k, float* out,
-                     int64_t out_stride) {
+// What is fetched from memory during a stretch of k, some lines with each step. Into all caches: a
+// non-temporal prefetch would spare what they hold, but halves the bandwidth on Intel's server
+// cores.
+struct Prefetch {
+  const char* next;
+  int lines;
+
+  void step() {
+    for (int i = 0; i < lines; ++i, next += 64) __builtin_prefetch(next);
+  }
+};
+
+template <class T, int R>
+inline void widen_rows(const T* x, int64_t x_stride, int64_t k, float* out, int64_t out_stride) {
+  for (int r = 0; r < R; ++r, x += x_stride, out += out_stride) {
+    int64_t i = 0;
+    for (; i + kLanes <= k; i += kLanes) store(out + i, load(x + i));
+    if (i < k) store(out + i, load(x + i, static_cast<int>(k - i)));
+  }
+}
+
+// out[R][V] = x[R, k] times V vectors of a panel whose k-steps lie `step` elements apart; or, with
+// `more`, onto what is there: float32 adds its sum to it, the narrow types go on from it.
+template <class T, int R, int V>
+inline void gemm_run(const typename Packed<T>::X* x, int64_t x_stride, const T* w, int64_t step,
+                     int64_t k, bool more, float* out, int64_t out_stride, Prefetch prefetch) {
   using P = Packed<T>;
-  // With a few rows the loop waits for memory: ask for the lines some 2 KB ahead. With more, the
-  // hardware prefetcher has time enough. Into all caches: a non-temporal prefetch would spare what
-  // they hold, but halves the bandwidth on Intel's server cores.
-  constexpr bool kPrefetch = R <= 4;
-  constexpr int64_t kAhead = 2048 / sizeof(T);
+  constexpr bool kAdds = dtype_of<T>::value == DType::float32;
   Vec acc[R][V];
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) acc[r][v] = zero();
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < V; ++v) {
+      acc[r][v] = more && !kAdds ? load(out + r * out_stride + v * kLanes) : zero();
+    }
+  }
+  const auto multiply = [&](int term, auto input_of_row) {
+    typename P::Weights weights[V];
+    for (int v = 0; v < V; ++v) weights[v] = P::load_weights(w + v * kLanes * P::k_step, term);
+    for (int r = 0; r < R; ++r) {
+      const typename P::Input input = input_of_row(r);
+      for (int v = 0; v < V; ++v) acc[r][v] = P::dot(acc[r][v], input, weights[v]);
+    }
+  };
   const int64_t whole = k / P::k_step * P::k_step;
   for (int64_t i = 0; i < whole; i += P::k_step, w += step) {
-    typename P::Weights weights[V];
-    for (int v = 0; v < V; ++v) {
-      weights[v] = P::load_weights(w + v * kLanes * P::k_step);
-      if (kPrefetch) __builtin_prefetch(w + v * kLanes * P::k_step + kAhead);
-    }
-    for (int r = 0; r < R; ++r) {
-      const typename P::Input input = P::load_input(x + r * x_stride + i);
-      for (int v = 0; v < V; ++v) acc[r][v] = P::dot(acc[r][v], input, weights[v]);
+    prefetch.step();
+    for (int term = 0; term < P::terms; ++term) {
+      multiply(term, [&](int r) { return P::load_input(x + r * x_stride + i + term); });
     }
   }
   if (whole < k) {
-    for (int r = 0; r < R; ++r) {
-      const typename P::Input input = P::load_last_input(x + r * x_stride + whole);
-      for (int v = 0; v < V; ++v) {
-        acc[r][v] = P::dot(acc[r][v], input, P::load_weights(w + v * kLanes * P::k_step));
+    multiply(0, [&](int r) {
+      const auto* last = x + r * x_stride + whole;
+      if constexpr (P::terms < P::k_step) {
+        return P::load_last_input(last);
+      } else {
+        return P::load_input(last);
       }
-    }
+    });
   }
   for (int r = 0; r < R; ++r) {
     for (int v = 0; v < V; ++v) {
       float* target = out + r * out_stride + v * kLanes;
-      store(target, kAdd ? add(load(target), acc[r][v]) : acc[r][v]);
+      store(target, more && kAdds ? add(load(target), acc[r][v]) : acc[r][v]);
     }
   }
 }
 
-// The same, written, for any k.
+// The same for x as it is stored, and any k.
 template <class T, int R, int V>
-inline void gemm_tile(const T* x, int64_t x_stride, const T* w, int64_t step, int64_t k, float* out,
-                      int64_t out_stride) {
-  constexpr bool kRuns = dtype_of<T>::value == DType::float32;
-  int64_t run = kRuns && k > kFloatRun ? kFloatRun : k;
-  gemm_run<T, R, V, false>(x, x_stride, w, step, run, out, out_stride);
-  if constexpr (kRuns) {
-    for (int64_t i = run; i < k; i += run) {
-      run = k - i < kFloatRun ? k - i : kFloatRun;
-      gemm_run<T, R, V, true>(x + i, x_stride, w + i * step, step, run, out, out_stride);
-    }
+inline void gemm_tile(const T* x, int64_t x_stride, const T* w, int64_t step, int64_t k, bool more,
+                      float* out, int64_t out_stride, Prefetch prefetch) {
+  using P = Packed<T>;
+  constexpr bool kWidens = sizeof(typename P::X) > sizeof(T);
+  constexpr int64_t kMost = kWidens ? kChunkK<T> : kFloatRun;
+  if constexpr (!kWidens && dtype_of<T>::value != DType::float32) {
+    return gemm_run<T, R, V>(x, x_stride, w, step, k, more, out, out_stride, prefetch);
   }
+  int64_t begin = 0;
+  do {
+    const int64_t length = k - begin < kMost ? k - begin : kMost;
+    if constexpr (kWidens) {
+      // Rows a power of two apart would meet in the same sets of the cache.
+      constexpr int64_t kStride = kMost + kLanes;
+      alignas(64) float wide[R * kStride];
+      widen_rows<T, R>(x + begin, x_stride, length, wide, kStride);
+      gemm_run<T, R, V>(wide, kStride, w, step, length, more, out, out_stride, prefetch);
+    } else {
+      gemm_run<T, R, V>(x + begin, x_stride, w, step, length, more, out, out_stride, prefetch);
+    }
+    const int64_t steps = length / P::k_step;
+    w += steps * step;
+    prefetch.next += steps * prefetch.lines * 64;
+    begin += length;
+    more = true;
+  } while (begin < k);
 }
 
 // A row tile of a whole panel, in pieces of as many vectors as the registers hold.
 template <class T, int R>
-inline void gemm_panel(const T* x, int64_t x_stride, const T* w, int64_t vecs, int64_t k,
-                       float* out) {
+inline void gemm_panel(const T* x, int64_t x_stride, const T* w, int64_t vecs, int64_t k, bool more,
+                       float* out, Prefetch prefetch) {
   constexpr int64_t kStep = Packed<T>::k_step;
   const int64_t step = vecs * kLanes * kStep;
-  int64_t v = 0;
   if (vecs == kPanelVecs && kTileVecs == kPanelVecs) {
-    return gemm_tile<T, R, kPanelVecs>(x, x_stride, w, step, k, out, kPanelColumns);
+    return gemm_tile<T, R, kPanelVecs>(x, x_stride, w, step, k, more, out, kPanelColumns, prefetch);
   }
-  for (; v < vecs; ++v) {
-    gemm_tile<T, R, 1>(x, x_stride, w + v * kLanes * kStep, step, k, out + v * kLanes,
-                       kPanelColumns);
+  for (int64_t v = 0; v < vecs; ++v) {
+    gemm_tile<T, R, 1>(x, x_stride, w + v * kLanes * kStep, step, k, more, out + v * kLanes,
+                       kPanelColumns, prefetch);
+    prefetch.lines = 0;
   }
 }
 
 template <class T, int R = kTileRows>
 inline void gemm_rows(int rows, const T* x, int64_t x_stride, const T* w, int64_t vecs, int64_t k,
-                      float* out) {
+                      bool more, float* out, Prefetch prefetch) {
   if constexpr (R > 1) {
-    if (rows < R) return gemm_rows<T, R - 1>(rows, x, x_stride, w, vecs, k, out);
+    if (rows < R) {
+      return gemm_rows<T, R - 1>(rows, x, x_stride, w, vecs, k, more, out, prefetch);
+    }
   }
-  gemm_panel<T, R>(x, x_stride, w, vecs, k, out);
+  gemm_panel<T, R>(x, x_stride, w, vecs, k, more, out, prefetch);
 }
 
 template <class T, class Out>
-inline void gemm_epilogue(const GemmArgs& a, int rows, int64_t vecs, int64_t column,
+inline void gemm_epilogue(const GemmArgs& a, int64_t rows, int64_t vecs, int64_t column,
                           const float* tile, Out* out) {
   const T* bias = static_cast<const T*>(a.bias);
-  for (int r = 0; r < rows; ++r) {
+  for (int64_t r = 0; r < rows; ++r) {
     for (int64_t v = 0; v < vecs; ++v) {
       Vec value = load(tile + r * kPanelColumns + v * kLanes);
       int64_t out_column = column + v * kLanes;
@@ -159,28 +217,56 @@ inline void own_output(const GemmArgs& a, int64_t row, int64_t rows, int64_t col
 #endif
 }
 
+// Rows [0, rows) of a, at most kGroupRows.
 template <class T>
-void gemm_typed(const GemmArgs& a, int64_t panel_begin, int64_t panel_end) {
+void gemm_group(const GemmArgs& a, int64_t panel_begin, int64_t panel_end) {
   const T* x = static_cast<const T*>(a.x);
   const T* weights = static_cast<const T*>(a.weights);
   const int64_t k_padded = packed_k(dtype_of<T>::value, a.k);
-  float tile[kTileRows * kPanelColumns];
+  const int64_t tiles = (a.rows + kTileRows - 1) / kTileRows;
+  float sums[kGroupRows * kPanelColumns];
   for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
     const int64_t column = panel * kPanelColumns;
     const int64_t left = round_up(a.n, kLanes) - column;
     const int64_t vecs = (left < kPanelColumns ? left : kPanelColumns) / kLanes;
+    const int64_t k_bytes = vecs * kLanes * static_cast<int64_t>(sizeof(T));
     const T* w = weights + column * k_padded;
-    for (int64_t row = 0; row < a.rows; row += kTileRows) {
-      const int rows = static_cast<int>(a.rows - row < kTileRows ? a.rows - row : kTileRows);
-      own_output<T>(a, row, rows, column, vecs);
-      gemm_rows<T>(rows, x + row * a.x_stride, a.x_stride, w, vecs, a.k, tile);
-      if (a.out_float32) {
-        gemm_epilogue<T>(a, rows, vecs, column, tile,
-                         static_cast<float*>(a.out) + row * a.out_stride);
-      } else {
-        gemm_epilogue<T>(a, rows, vecs, column, tile, static_cast<T*>(a.out) + row * a.out_stride);
+    int64_t begin = 0;
+    do {
+      const int64_t length = a.k - begin < kChunkK<T> ? a.k - begin : kChunkK<T>;
+      // The lines of the next chunk, over as many tiles of rows as can share them.
+      const int64_t lines = length * k_bytes / 64, steps = length / Packed<T>::k_step;
+      const char* next = reinterpret_cast<const char*>(w) + length * k_bytes;
+      const int64_t share = steps ? (lines + steps * tiles - 1) / (steps * tiles) : 0;
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t row = tile * a.rows / tiles, end = (tile + 1) * a.rows / tiles;
+        const int64_t fetched = tile * share * steps;
+        if (begin + length == a.k) own_output<T>(a, row, end - row, column, vecs);
+        gemm_rows<T>(static_cast<int>(end - row), x + row * a.x_stride + begin, a.x_stride, w, vecs,
+                     length, begin > 0, sums + row * kPanelColumns,
+                     {next + fetched * 64, fetched < lines ? static_cast<int>(share) : 0});
       }
+      w += length * vecs * kLanes;
+      begin += length;
+    } while (begin < a.k);
+    if (a.out_float32) {
+      gemm_epilogue<T>(a, a.rows, vecs, column, sums, static_cast<float*>(a.out));
+    } else {
+      gemm_epilogue<T>(a, a.rows, vecs, column, sums, static_cast<T*>(a.out));
     }
+  }
+}
+
+template <class T>
+void gemm_typed(const GemmArgs& a, int64_t panel_begin, int64_t panel_end) {
+  const int64_t groups = (a.rows + kGroupRows - 1) / kGroupRows;
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t row = g * a.rows / groups;
+    GemmArgs group = a;
+    group.rows = (g + 1) * a.rows / groups - row;
+    group.x = static_cast<const T*>(a.x) + row * a.x_stride;
+    group.out = static_cast<char*>(a.out) + row * a.out_stride * (a.out_float32 ? 4 : sizeof(T));
+    gemm_group<T>(group, panel_begin, panel_end);
   }
 }
 

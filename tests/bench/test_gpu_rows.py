@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from commfuse.bench import plot, runner
@@ -58,7 +59,7 @@ def test_settings():
 
 
 def times(**medians: float) -> dict[str, Times]:
-    return {name: Times(20, 40, us, us, us) for name, us in medians.items()}
+    return {name: Times.of(np.full(20, float(us)), 40) for name, us in medians.items()}
 
 
 def test_exposed_communication_counts_against_the_faster_all_reduce():

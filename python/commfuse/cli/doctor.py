@@ -16,11 +16,13 @@ import typer
 from commfuse.cli.ranks import started_ranks
 from commfuse.errors import UsageError
 
-# What csrc/cpu/kernel_table.cpp asks of a processor for each variant, the fastest first.
+# What csrc/cpu/kernel_table.cpp asks of a processor for each variant.
 AVX2 = ("avx2", "fma", "f16c")
-AVX512 = (*AVX2, "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16")
+AVX512 = (*AVX2, "avx512f", "avx512bw", "avx512dq", "avx512vl")
+AVX512_BF16 = (*AVX512, "avx512_bf16")
 ISA_FEATURES = {
-    "amx": (*AVX512, "amx_tile", "amx_bf16"),
+    "amx": (*AVX512_BF16, "amx_tile", "amx_bf16"),
+    "avx512_bf16": AVX512_BF16,
     "avx512": AVX512,
     "avx2": AVX2,
     "plain": (),
