@@ -64,7 +64,10 @@ def plan(
     ] = None,
     fit_on: Annotated[
         str | None,
-        typer.Option(help="With --validate: fit the constants to the rows of this model first."),
+        typer.Option(
+            help="With --validate: fit the constants first, to the rows of this model or to "
+            "`thirds`, every third row of each."
+        ),
     ] = None,
 ) -> None:
     """Find the sweet spot of a model on a cluster, and explain the wall.

@@ -87,7 +87,8 @@ def _axes(at, x_ticks: list[float], y_ticks: list[float], x_name: str, y_name: s
     parts.append(f'<text class="x name" x="{(left + right) / 2}" y="{bottom + 36}">{x_name}</text>')
     middle = (top + bottom) / 2
     parts.append(
-        f'<text class="x name" transform="translate(14 {middle}) rotate(-90)">{escape(y_name)}</text>'
+        f'<text class="x name" transform="translate(14 {middle}) rotate(-90)">'
+        f"{escape(y_name)}</text>"
     )
     return "".join(parts)
 
@@ -113,9 +114,10 @@ def stacked_bars(
         for kind, value in parts:
             if value <= 0:
                 continue
+            title = f"{escape(kind.replace('_', '-'))}: {value:.3g} {unit}"
             drawn.append(
                 f'<rect class="part-{kind}" x="{x:.2f}" y="{y}" width="{value * scale:.2f}" '
-                f'height="22"><title>{escape(kind.replace("_", "-"))}: {value:.3g} {unit}</title></rect>'
+                f'height="22"><title>{title}</title></rect>'
             )
             x += value * scale
         total = sum(value for _, value in parts)

@@ -44,6 +44,7 @@ class Cluster:
         count: how many there are.
         levels: from the innermost to the one that holds all.
         free_count: whether ``count`` is a bound, and the fewest devices are looked for.
+        calibration: constants that were measured on it, by name.
 
     Example:
         >>> cluster = parse_cluster("2x8:a100-80g-sxm,ib-hdr")
@@ -56,14 +57,15 @@ class Cluster:
     count: int
     levels: tuple[Level, ...]
     free_count: bool = False
+    calibration: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self):
         below = 1
         for level in self.levels:
             if level.size < below or level.size % below:
                 raise UsageError(
-                    f"cluster {self.name}: level {level.name} has {level.size} devices, no multiple "
-                    f"of the {below} of the level below"
+                    f"cluster {self.name}: level {level.name} has {level.size} devices, no "
+                    f"multiple of the {below} of the level below"
                 )
             below = level.size
         if self.count > below:

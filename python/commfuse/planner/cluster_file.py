@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from commfuse.errors import UsageError
+from commfuse.planner.calibration import PRIOR
 from commfuse.planner.cluster import Cluster, Level
 from commfuse.planner.devices import Device, load_device
 from commfuse.planner.links import link_from_facts, load_link
@@ -19,7 +20,15 @@ levels:                        # from the inside out; each size is a multiple of
   - {name: network, size: 16, link: {latency_us: 20, gb_per_s: 11, shared: true}}
 count: 16                      # devices; the default is all of the last level
 """
-_DEVICE_FIELDS = ("title", "memory_gb", "bandwidth_gb_per_s", "tflops", "achievable", "dollars_per_hour")  # fmt: skip
+_DEVICE_FIELDS = (
+    "title",
+    "memory_gb",
+    "bandwidth_gb_per_s",
+    "tflops",
+    "achievable",
+    "dollars_per_hour",
+    "host_bandwidth_gb_per_s",
+)
 
 
 def read_cluster(path: str) -> Cluster:
@@ -62,7 +71,19 @@ def cluster_from_facts(content: Mapping[str, Any], path: str) -> Cluster:
         device=_device(content.get("device"), path, parsed),
         count=count,
         levels=parsed,
+        calibration=tuple(_calibration(content.get("calibration"), path).items()),
     )
+
+
+def _calibration(facts: Any, path: str) -> dict[str, float]:
+    """Constants as :class:`~commfuse.planner.calibration.Calibration` has them, checked."""
+    if facts is None:
+        return {}
+    if not isinstance(facts, Mapping):
+        raise UsageError(f"{path}: calibration must map constants to numbers")
+    constants = {str(name): value for name, value in facts.items()}
+    PRIOR.with_changes(**constants)
+    return constants
 
 
 def _level(level: Any, path: str, number: int) -> Level:
@@ -90,7 +111,8 @@ def _device(facts: Any, path: str, levels: tuple[Level, ...]) -> Device:
     if unknown := sorted(set(given) - set(_DEVICE_FIELDS)):
         raise UsageError(f"{path}: device has unknown {', '.join(unknown)}")
     merged = {"title": name, "dollars_per_hour": 1.0, "achievable": 1.0, **base, **given}
-    if missing := sorted(set(_DEVICE_FIELDS) - set(merged)):
+    optional = {"host_bandwidth_gb_per_s"}
+    if missing := sorted(set(_DEVICE_FIELDS) - set(merged) - optional):
         raise UsageError(f"{path}: device lacks {', '.join(missing)}")
     if not isinstance(merged["tflops"], Mapping):
         raise UsageError(f"{path}: device.tflops must map dtypes to numbers, as in {{bf16: 312}}")

@@ -1,4 +1,4 @@
-"""Devices: memory, bandwidth and arithmetic, as their makers state them or as they were measured."""
+"""Devices: memory, bandwidth and arithmetic, as their makers state them or as measured."""
 
 from __future__ import annotations
 
@@ -12,9 +12,19 @@ from commfuse.planner.names import choose
 
 _DATA = Path(__file__).parent / "data" / "devices.json"
 # Names without a form factor, and those of other tools, mean the usual one.
-_ALIASES = {"a100": "a100-80g-sxm", "a100-sxm": "a100-80g-sxm", "a100-80g": "a100-80g-sxm",
-            "a100-pcie": "a100-80g-pcie", "h100": "h100-sxm", "h200-sxm": "h200",
-            "b200-sxm": "b200", "4090": "rtx-4090", "rtx4090": "rtx-4090", "3090": "rtx-3090"}  # fmt: skip
+_ALIASES = {
+    "a100": "a100-80g-sxm",
+    "a100-sxm": "a100-80g-sxm",
+    "a100-80g": "a100-80g-sxm",
+    "a100-pcie": "a100-80g-pcie",
+    "h100": "h100-sxm",
+    "h200-sxm": "h200",
+    "b200-sxm": "b200",
+    "4090": "rtx-4090",
+    "rtx4090": "rtx-4090",
+    "3090": "rtx-3090",
+    "rtx3090": "rtx-3090",
+}
 
 
 @dataclass(frozen=True)
@@ -31,6 +41,8 @@ class Device:
         host: devices in one host, usually.
         link: between the devices of a host, the name of a link.
         dollars_per_hour: what one costs to rent; an assumption that the user may replace.
+        host_bandwidth_gb_per_s: of a host's memory, where devices share it (cores do); None: each
+            has its own.
     """
 
     name: str
@@ -42,10 +54,19 @@ class Device:
     host: int
     link: str
     dollars_per_hour: float
+    host_bandwidth_gb_per_s: float | None = None
 
     def __post_init__(self):
-        for key in ("memory_gb", "bandwidth_gb_per_s", "achievable", "dollars_per_hour"):
+        for key in (
+            "memory_gb",
+            "bandwidth_gb_per_s",
+            "achievable",
+            "dollars_per_hour",
+            "host_bandwidth_gb_per_s",
+        ):
             value = getattr(self, key)
+            if value is None and key == "host_bandwidth_gb_per_s":
+                continue
             if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
                 raise UsageError(f"device {self.name}: {key} must be positive, not {value!r}")
         if "bf16" not in self.tflops:
@@ -57,8 +78,15 @@ class Device:
         return not self.name.startswith("cpu")
 
     def compute_dtype(self, dtype: str) -> str:
-        """In which dtype it multiplies weights of ``dtype``: the same, or 16 bits after unpacking."""
+        """In which dtype it multiplies weights of ``dtype``: the same, or 16 bits, unpacked."""
         return dtype if dtype in self.tflops else "bf16"
+
+    def memory_bandwidth(self, active: int) -> float:
+        """Bytes/s that one device reads while ``active`` ones of its host read."""
+        own = self.bandwidth_gb_per_s * 1e9
+        if self.host_bandwidth_gb_per_s is None:
+            return own
+        return min(own, self.host_bandwidth_gb_per_s * 1e9 / active)
 
     def with_changes(self, **changes: object) -> Device:
         """A copy with other figures."""

@@ -20,7 +20,7 @@ DEFINITIONS = {
     "ttft_ms": "from a request's arrival to its first token, waiting included; mean",
     "tpot_ms": "(last token - first token) / (output tokens - 1), prefills of others in between "
     "included; mean",
-    "tokens_per_second": "output tokens of all requests per second while there is always a next one",
+    "tokens_per_second": "output tokens of all requests per second while there is always a next",
 }
 
 

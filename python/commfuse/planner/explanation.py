@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from commfuse.planner.layout import Layout
+from commfuse.planner.names import figure
 from commfuse.planner.plan import Plan, Point
 from commfuse.planner.search import Candidate
 from commfuse.planner.speculation import Acceptance, speculate
@@ -21,8 +21,8 @@ NAMES = {
     "draft": "drafting",
 }
 _REMEDIES = {
-    "weights": "more ranks (TP) each read fewer of them; fp8 or int4 weights halve or quarter them; "
-    "more requests in flight share each reading",
+    "weights": "more ranks (TP) each read fewer of them; fp8 or int4 weights halve or quarter "
+    "them; more requests in flight share each reading",
     "kv": "an fp8 KV cache halves it; more ranks share it; shorter contexts need less",
     "gemm": "only faster or more devices help: there are enough requests to keep them busy",
     "all_reduce": "fewer ranks, a faster link between them, or stages (PP) instead of ranks",
@@ -45,7 +45,9 @@ def explain(plan: Plan) -> list[str]:
 def _verdict(plan: Plan) -> str:
     best, question = plan.best, plan.question
     layout, count = best.layout, question.cluster.count
-    what = f"{best.service.tpot * MS:.3g} ms per token, {best.service.throughput:.4g} tokens/s"
+    what = (
+        f"{figure(best.service.tpot * MS)} ms per token, {figure(best.service.throughput)} tokens/s"
+    )
     if layout.tp == layout.pp == 1:
         if layout.replicas == 1:
             rest = f"; the other {count - 1} bring nothing here" if count > 1 else ""
@@ -132,22 +134,22 @@ def _rule(plan: Plan) -> str:
     rule = "'TP inside the host, PP across hosts'"
     if alone is not None and plan.best.layout.tp * plan.best.layout.pp <= host:
         return (
-            f"{rule} is not needed: a replica inside one host ({alone.layout.single}) is better than "
-            "one that spans hosts."
+            f"{rule} is not needed: a replica inside one host ({alone.layout.single}) is better "
+            "than one that spans hosts."
         )
     if across is None or inside is None:
         return ""
     a, b = across.service.per_token, inside.service.per_token
     compared = (
         f"{across.layout} takes {a.total * MS:.3g} ms a token, {a.all_reduce * MS:.2g} of it "
-        f"all-reduce; {inside.layout} {b.total * MS:.3g} ms, {b.all_reduce * MS:.2g} of it all-reduce"
+        f"all-reduce; {inside.layout} {b.total * MS:.3g} ms, {b.all_reduce * MS:.2g} of it"
     )
     if plan.speed(inside) >= plan.speed(across):
         return f"{rule} holds: {compared}."
     few = across.service.running / across.layout.replicas < inside.layout.pp
     reason = (
-        "with so few requests, stages wait for each other and shorten nothing, while every rank of a "
-        "wider TP reads its part of the weights at the same time"
+        "with so few requests, stages wait for each other and shorten nothing, while every rank "
+        "of a wider TP reads its part of the weights at the same time"
         if few
         else "the weights and the cache that more ranks read at once outweigh the slower all-reduce"
     )
@@ -219,7 +221,7 @@ def _speculation(plan: Plan) -> str:
         if found.break_even >= 1:
             return "Speculation cannot pay here: verifying 4 drafts costs more than 5 plain steps."
         return (
-            f"Speculation with 4 n-gram drafts pays if more than {found.break_even:.0%} of the drafts "
+            f"Speculation with 4 n-gram drafts pays if more than {found.break_even:.0%} of them "
             f"are accepted; at 70% it would be {found.speedup:.2g} times as fast (--acceptance)."
         )
     if service.speculation is None:
@@ -230,11 +232,6 @@ def _speculation(plan: Plan) -> str:
         )
     found = service.speculation
     return (
-        f"Speculate with {found.drafts} drafts: {found.tokens:.3g} tokens a step, {found.speedup:.2g} "
-        f"times as fast; it pays from {found.break_even:.0%} acceptance on."
+        f"Speculate with {found.drafts} drafts: {found.tokens:.3g} tokens a step, "
+        f"{found.speedup:.3g} times as fast; it pays from {found.break_even:.0%} acceptance on."
     )
-
-
-def layout_terms(plan: Plan, most: int = 8) -> list[tuple[Layout, Terms]]:
-    """The best layouts and where their time per token goes."""
-    return [(c.layout, c.service.per_token) for c in plan.candidates[:most]]

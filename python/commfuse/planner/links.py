@@ -16,6 +16,16 @@ from commfuse.planner.names import choose
 _DATA = Path(__file__).parent / "data" / "links.json"
 # A kernel that pushes to its peers' memory itself reaches less of a port than a copy engine.
 _KERNEL_SHARE = 0.6
+_FIELDS = (
+    "latency_us",
+    "gb_per_s",
+    "mapped",
+    "shared",
+    "all_reduce_us",
+    "small_us",
+    "send_us",
+    "source",
+)
 
 
 @dataclass(frozen=True)
@@ -154,9 +164,8 @@ def link_from_facts(name: str, facts: Mapping[str, Any]) -> Link:
     Raises:
         UsageError: a figure is missing, of the wrong kind or unknown; the message names it.
     """
-    known = {"latency_us", "gb_per_s", "mapped", "shared", "all_reduce_us", "small_us", "send_us", "source"}  # fmt: skip
-    if unknown := sorted(set(facts) - known):
-        raise UsageError(f"link {name}: unknown {', '.join(unknown)}; known: {', '.join(known)}")
+    if unknown := sorted(set(facts) - set(_FIELDS)):
+        raise UsageError(f"link {name}: unknown {', '.join(unknown)}; known: {', '.join(_FIELDS)}")
     for key in ("latency_us", "gb_per_s"):
         value = facts.get(key)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:

@@ -1,4 +1,4 @@
-"""Names that users type: found as they are meant, or refused with the closest ones."""
+"""Names that users type, found as they are meant, and numbers as users read them."""
 
 from __future__ import annotations
 
@@ -34,3 +34,15 @@ def choose(name: str, known: Iterable[str], given: str, kind: str, instead: str 
     close = begun or difflib.get_close_matches(name, known, n=4, cutoff=0.4) or known
     text = f"{given}: unknown {kind} {name!r}; did you mean {', '.join(close)}?"
     raise UsageError(text + (f" Or give {instead}." if instead else ""))
+
+
+def figure(value: float) -> str:
+    """A number with three significant digits, as people read it.
+
+    Example:
+        >>> figure(42243.2), figure(46.06), figure(0.01234)
+        ('42,200', '46.1', '0.0123')
+    """
+    if abs(value) < 1000:
+        return f"{value:.3g}"
+    return f"{float(f'{value:.3g}'):,.0f}"

@@ -8,6 +8,7 @@ from commfuse.planner.calibration import origin
 from commfuse.planner.charts import Dot, curve, stacked_bars
 from commfuse.planner.document import DEFINITIONS
 from commfuse.planner.explanation import explain
+from commfuse.planner.names import figure
 from commfuse.planner.plan import Plan
 from commfuse.planner.search import Candidate
 from commfuse.planner.table import TERMS
@@ -20,8 +21,8 @@ _COLOURS = {
     "prefill": "#7a9e59", "draft": "#8d6a4f",
 }  # fmt: skip
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1d2330; --soft: #626b7d; --line: #dfe3ea; --paper: #fbfbfc;
-  --accent: #3b6fb6; --mark: #d1495b; }
+:root { color-scheme: light dark; --ink: #1d2330; --soft: #626b7d; --line: #dfe3ea;
+  --paper: #fbfbfc; --accent: #3b6fb6; --mark: #d1495b; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e7e9ee; --soft: #9aa3b5; --line: #343b49;
   --paper: #161a21; --accent: #79aaf0; --mark: #ff7b8d; } }
 body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper);
@@ -48,8 +49,9 @@ def page(plan: Plan) -> str:
     colours = "".join(f".part-{k} {{ fill: {c}; background: {c}; }}\n" for k, c in _COLOURS.items())
     requests = question.in_flight or "any number of"
     lead = (
-        f"{question.model.name}, {question.precision.weights} weights, on {question.cluster.count} × "
-        f"{question.cluster.device.title} ({question.cluster.name}); {requests} requests of "
+        f"{question.model.name}, {question.precision.weights} weights, on "
+        f"{question.cluster.count} x {question.cluster.device.title} ({question.cluster.name}); "
+        f"{requests} requests of "
         f"{question.work.prompt} + {question.work.output} tokens; objective: {question.objective}"
     )
     parts = [
@@ -88,22 +90,19 @@ def _scaling(plan: Plan) -> str:
         for point in plan.curve
     ]
     note = (
-        "<p>Red: the sweet spot, behind which more devices do not pay. Dashed: speed that grows as the "
-        "number of devices does.</p>"
+        "<p>Red: the sweet spot, behind which more devices do not pay. Dashed: speed that grows as "
+        "the number of devices does.</p>"
     )
     return curve(dots, "devices", unit, "Speed over the number of devices", ideal=True) + note
 
 
 def _bars(plan: Plan) -> str:
-    shown = plan.candidates[:BARS]
-    if plan.best not in shown:
-        shown = [plan.best, *shown[: BARS - 1]]
     bars = [
         (
             str(candidate.layout),
             [(n, v * 1e3) for n, v in candidate.service.per_token.as_dict().items()],
         )
-        for candidate in shown
+        for candidate in plan.shown(BARS)
     ]
     used = {name for _, parts in bars for name, value in parts if value > 0}
     legend = "".join(
@@ -140,10 +139,11 @@ def _table(plan: Plan) -> str:
         "KV tokens",
         "fused",
     )
-    rows = [_row(plan, candidate) for candidate in plan.candidates[:ROWS]]
+    rows = [_row(plan, candidate) for candidate in plan.shown(ROWS)]
     refused = sorted(plan.refused, key=lambda r: r.short)[:ROWS]
     rows += [
-        f'<tr><td>{r.layout}</td><td>{r.layout.devices}</td><td colspan="6">{escape(r.reason)}</td></tr>'
+        f"<tr><td>{r.layout}</td><td>{r.layout.devices}</td>"
+        f'<td colspan="6">{escape(r.reason)}</td></tr>'
         for r in refused
     ]
     head = "".join(f"<th>{name}</th>" for name in heads)
@@ -156,9 +156,9 @@ def _row(plan: Plan, candidate: Candidate) -> str:
         str(candidate.layout),
         str(candidate.layout.devices),
         str(service.requests),
-        f"{service.ttft * 1e3:.3g} ±{off.ttft:.0%}",
-        f"{service.tpot * 1e3:.3g} ±{off.tpot:.0%}",
-        f"{service.throughput:.4g} ±{off.throughput:.0%}",
+        f"{figure(service.ttft * 1e3)} ±{off.ttft:.0%}",
+        f"{figure(service.tpot * 1e3)} ±{off.tpot:.0%}",
+        f"{figure(service.throughput)} ±{off.throughput:.0%}",
         f"{service.memory.kv_tokens:,}",
         "yes" if candidate.fused else "no",
     )

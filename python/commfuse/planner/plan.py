@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from commfuse.errors import CommfuseError, UsageError
 from commfuse.planner.calibration import for_device
@@ -42,7 +42,6 @@ class Question:
         requests: in flight; None: one for latency, any number otherwise.
         acceptance: of speculation; None: not considered.
         fused: whether commfuse's fused kernels may be used.
-        calibration: constants measured on the device, by name; None: those of the package.
 
     Raises:
         UsageError: an unknown objective, sizes below 1, a context that the model does not have.
@@ -50,14 +49,13 @@ class Question:
 
     model: Model
     cluster: Cluster
-    work: Work = Work(1024, 256)
-    precision: Precision = Precision()
-    limits: Limits = Limits()
+    work: Work = field(default_factory=lambda: Work(1024, 256))
+    precision: Precision = field(default_factory=Precision)
+    limits: Limits = field(default_factory=Limits)
     objective: str = "latency"
     requests: int | None = None
     acceptance: Acceptance | None = None
     fused: bool = True
-    calibration: dict[str, float] | None = None
 
     def __post_init__(self):
         if self.objective not in OBJECTIVES:
@@ -68,8 +66,8 @@ class Question:
             raise UsageError(f"--requests {self.requests}: at least 1")
         if self.work.tokens > self.model.max_position_embeddings:
             raise UsageError(
-                f"--prompt {self.work.prompt} and --output {self.work.output}: {self.model.name} has "
-                f"a context of {self.model.max_position_embeddings} tokens"
+                f"--prompt {self.work.prompt} and --output {self.work.output}: {self.model.name} "
+                f"has a context of {self.model.max_position_embeddings} tokens"
             )
 
     @property
@@ -84,7 +82,7 @@ class Question:
             self.model,
             cluster or self.cluster,
             self.precision,
-            for_device(device.is_gpu, self.calibration),
+            for_device(device.is_gpu, dict(self.cluster.calibration)),
             self.fused,
         )
         return Search(setting, self.work, self.limits, self.in_flight, self.acceptance)
@@ -136,6 +134,14 @@ class Plan:
             fewest = [c for c in self.candidates if c.layout == self.fewest]
             return fewest[0] if fewest else self.candidates[0]
         return self.candidates[0]
+
+    def shown(self, most: int) -> list[Candidate]:
+        """The best first, each TP x PP with its best number of replicas; the answer among them."""
+        found: dict[Layout, Candidate] = {}
+        for candidate in (self.best, *self.candidates):
+            found.setdefault(candidate.layout.single, candidate)
+        shown = list(found.values())[:most]
+        return sorted(shown, key=self.candidates.index)
 
     def speed(self, candidate: Candidate) -> float:
         """What the curve shows: tokens/s of a request where latency counts, else of all."""
@@ -221,18 +227,18 @@ def _unmet(question: Question, ranked: list[Candidate]) -> str:
 def _miss(question: Question, search: Search, refused: list[Refused]) -> str:
     if not refused:
         raise UsageError(
-            f"no layout of {question.model.name} on {question.cluster.count} devices has the TP, PP "
-            "and replicas that were asked for"
+            f"no layout of {question.model.name} on {question.cluster.count} devices has the TP, "
+            "PP and replicas that were asked for"
         )
     least = min(refused, key=lambda r: (r.total_short, r.layout.devices))
     model, cluster = question.model, question.cluster
     weights = model.weight_bytes(question.precision.weights) / 1e9
     memory = memory_of(model, cluster.device, least.layout, question.precision, 1)
     text = (
-        f"{model.name} with {question.precision.weights} weights ({weights:.0f} GB) and one request "
-        f"does not fit on {cluster.name}: {least.layout} is {least.short / 1e9:.1f} GB short on each "
-        f"device, {least.total_short / 1e9:.0f} GB short in all ({memory.usable / 1e9:.1f} GB of each "
-        "can be used)"
+        f"{model.name} with {question.precision.weights} weights ({weights:.0f} GB) and one "
+        f"request does not fit on {cluster.name}: {least.layout} is {least.short / 1e9:.1f} GB "
+        f"short on each device, {least.total_short / 1e9:.0f} GB short in all "
+        f"({memory.usable / 1e9:.1f} GB of each can be used)"
     )
     return text + _would_fit(question, search)
 
@@ -249,8 +255,8 @@ def _would_fit(question: Question, search: Search) -> str:
         )
     for dtype in ("fp8", "int4"):
         other = replace(question, precision=Precision(dtype, question.precision.kv))
-        if dtype != question.precision.weights:
-            if layout := fewest_devices(other.search(), question.cluster.count):
-                parts.append(f"with {dtype} weights it fits here, as {layout}")
-                break
+        layout = fewest_devices(other.search(), question.cluster.count)
+        if layout is not None and dtype != question.precision.weights:
+            parts.append(f"with {dtype} weights it fits here, as {layout}")
+            break
     return ". " + ". ".join(part[0].upper() + part[1:] for part in parts) + "." if parts else "."

@@ -139,9 +139,9 @@ class Search:
 
     setting: Setting
     work: Work
-    limits: Limits = Limits()
-    requests: int | None = None
-    acceptance: Acceptance | None = None
+    limits: Limits
+    requests: int | None
+    acceptance: Acceptance | None
 
     def run(self) -> tuple[list[Candidate], list[Refused]]:
         """Every candidate, and the layouts that do not fit."""
@@ -197,7 +197,8 @@ class Search:
 
     def candidate(self, layout: Layout, chunk: int, requests: int) -> Candidate:
         """One replica at work."""
-        service = serve(self.setting, layout, self.work, requests, min(chunk, self.work.prompt), self.acceptance)  # fmt: skip
+        step = min(chunk, self.work.prompt)
+        service = serve(self.setting, layout, self.work, requests, step, self.acceptance)
         # Of one replica; of several alike it is the same.
         price = layout.devices * self.setting.cluster.device.dollars_per_hour / 3600
         return Candidate(

@@ -1,8 +1,8 @@
 """From steps to what a user sees: time to the first token, time per token, tokens per second.
 
 * TTFT: from a request's arrival to its first token, queueing included, on average.
-* TPOT: (time of the last token − time of the first) / (output tokens − 1), on average over requests:
-  prefills of other requests in between are included.
+* TPOT: (time of the last token - time of the first) / (output tokens - 1), on average over
+  requests: prefills of other requests in between are included.
 * Throughput: output tokens of all requests per second while there is always a next request.
 """
 

@@ -141,7 +141,7 @@ def draft_seconds(
 def best_speculation(
     setting: Setting, layout: Layout, requests: float, context: float, acceptance: Acceptance
 ) -> Speculation | None:
-    """The number of drafts with the least time per token; None: plain decoding is at least as fast."""
+    """The number of drafts with the least time per token; None: plain decoding is no slower."""
     found = [
         speculate(setting, layout, requests, context, acceptance, drafts)
         for drafts in range(1, acceptance.most + 1)

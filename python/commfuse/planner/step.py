@@ -85,11 +85,6 @@ class Setting:
     calibration: Calibration
     fused: bool = True
 
-    @property
-    def memory_bandwidth(self) -> float:
-        """Bytes/s of one device's memory."""
-        return self.cluster.device.bandwidth_gb_per_s * 1e9
-
     def flops(self, dtype: str) -> float:
         """Operations/s that large GEMMs reach on weights of ``dtype``."""
         device = self.cluster.device
@@ -99,10 +94,10 @@ class Setting:
 
 
 def _gemm(
-    setting: Setting, rows: float, k: int, n: int, weight_bytes: float
+    setting: Setting, tp: int, rows: float, k: int, n: int, weight_bytes: float
 ) -> tuple[float, float]:
     """Seconds of reading the weights of one GEMM, and of what it takes longer than that."""
-    memory = setting.memory_bandwidth * setting.calibration.memory
+    memory = setting.cluster.device.memory_bandwidth(tp) * setting.calibration.memory
     reading = k * n * weight_bytes / memory
     moving = reading + rows * (k + n) * 2.0 / memory
     arithmetic = 2.0 * rows * k * n / setting.flops(setting.precision.weights)
@@ -135,7 +130,7 @@ def all_reduces(setting: Setting, tp: int, begin: int, rows: float) -> tuple[flo
     fused = 0.0
     weight_bytes = WEIGHT_BYTES[setting.precision.weights]
     for k, n in (setting.model.gemms(tp)[1], setting.model.gemms(tp)[3]):
-        gemm = sum(_gemm(setting, rows, k, n, weight_bytes))
+        gemm = sum(_gemm(setting, tp, rows, k, n, weight_bytes))
         fused += _fused_exposed(setting, begin, tp, nbytes, gemm)
     return min(plain, fused), fused < plain
 
@@ -163,15 +158,20 @@ def stage_decode(
     weight_bytes = WEIGHT_BYTES[setting.precision.weights]
     reading = more = 0.0
     for k, n in model.gemms(tp):
-        a, b = _gemm(setting, rows, k, n, weight_bytes)
+        a, b = _gemm(setting, tp, rows, k, n, weight_bytes)
         reading, more = reading + a * layers, more + b * layers
     # Every stage is a process that prepares its own pass.
     host = calibration.step + calibration.request * requests
     if stage.last:
-        a, b = _gemm(setting, rows, model.hidden_size, shard.vocabulary, 2.0)
+        a, b = _gemm(setting, tp, rows, model.hidden_size, shard.vocabulary, 2.0)
         reading, more = reading + a, more + b
     kv = 2 * layers * shard.kv_heads * model.head_dim * KV_BYTES[setting.precision.kv]
-    kv_seconds = requests * context * kv / (setting.memory_bandwidth * calibration.attention_memory)
+    kv_seconds = (
+        requests
+        * context
+        * kv
+        / (setting.cluster.device.memory_bandwidth(tp) * calibration.attention_memory)
+    )
     exchange, _ = all_reduces(setting, tp, stage.begin, rows)
     waiting = 2 * calibration.sync if tp > 1 else 0.0
     return Terms(
@@ -192,14 +192,14 @@ def stage_prefill(setting: Setting, stage: Stage, tokens: float, before: float) 
     weight_bytes = WEIGHT_BYTES[setting.precision.weights]
     reading = more = 0.0
     for k, n in model.gemms(tp):
-        a, b = _gemm(setting, tokens, k, n, weight_bytes)
+        a, b = _gemm(setting, tp, tokens, k, n, weight_bytes)
         reading, more = reading + a * layers, more + b * layers
     pairs = tokens * (before + tokens / 2)
     device = setting.cluster.device
     attention = 4 * pairs * shard.heads * model.head_dim
     attention /= device.tflops["bf16"] * 1e12 * device.achievable * calibration.attention
     passes = calibration.activation_passes * tokens * model.hidden_size * 2.0
-    more += layers * (attention + passes / (setting.memory_bandwidth * calibration.memory))
+    more += layers * (attention + passes / (device.memory_bandwidth(tp) * calibration.memory))
     exchange, _ = all_reduces(setting, tp, stage.begin, tokens)
     return Terms(
         weights=reading,

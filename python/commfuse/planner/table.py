@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from commfuse.planner.explanation import explain
+from commfuse.planner.names import figure
 from commfuse.planner.plan import Plan
 from commfuse.planner.search import Candidate
 from commfuse.planner.uncertainty import spread
@@ -29,7 +30,7 @@ _PIPE_WIDTH = 120  # columns where the output is no terminal
 
 
 def console() -> Console:
-    """Where answers go: as wide as the terminal, or wide enough for the table in a pipe or a file."""
+    """Where answers go: as wide as the terminal, or as the table where there is none."""
     found = Console(highlight=False)
     return found if found.is_terminal else Console(highlight=False, width=_PIPE_WIDTH)
 
@@ -39,8 +40,8 @@ def print_plan(plan: Plan, console: Console, rows: int = ROWS) -> None:
     question = plan.question
     requests = question.in_flight or "any number of"
     console.print(
-        f"{question.model.name} ({question.precision.weights}, KV cache {question.precision.kv}) on "
-        f"{question.cluster.name}: {question.cluster.count} x {question.cluster.device.title}; "
+        f"{question.model.name} ({question.precision.weights}, KV cache {question.precision.kv}) "
+        f"on {question.cluster.name}: {question.cluster.count} x {question.cluster.device.title}; "
         f"{requests} request{'s' * (requests != 1)} of {question.work.prompt} + "
         f"{question.work.output} tokens; best {question.objective} first",
         soft_wrap=True,
@@ -50,15 +51,13 @@ def print_plan(plan: Plan, console: Console, rows: int = ROWS) -> None:
     for name in ("devices", "requests", "TTFT ms", "TPOT ms", "tokens/s", "GB of", "$/M"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("a token's time", no_wrap=True)
-    shown = plan.candidates[:rows]
-    if plan.best not in shown:
-        shown = [plan.best, *shown[: rows - 1]]
+    shown = plan.shown(rows)
     for candidate in shown:
         style = "bold green" if candidate is plan.best else None
         table.add_row(*_cells(plan, candidate), style=style)
     console.print(table)
-    if len(plan.candidates) > rows:
-        console.print(f"… and {len(plan.candidates) - rows} more (--rows, --json)")
+    if len(plan.candidates) > len(shown):
+        console.print(f"… and {len(plan.candidates) - len(shown)} more (--rows, --json)")
     if plan.refused:
         least = min(plan.refused, key=lambda refused: (refused.short, refused.layout))
         console.print(
@@ -70,10 +69,9 @@ def print_plan(plan: Plan, console: Console, rows: int = ROWS) -> None:
         console.print(f"- {sentence}", soft_wrap=True)
     off = spread(question.cluster, plan.best.layout)
     console.print(
-        "\nGB: weights and buffers of what can be used, on the fullest device; the rest is for the KV "
-        "cache. $/M: dollars of a million output tokens. ± covers four in five cases of the validation"
-        + (f"; wider here: {'; '.join(off.reasons)}" if off.reasons else "")
-        + ".",
+        "\nGB: weights and buffers of what can be used, on the fullest device; the rest is for the "
+        "KV cache. $/M: dollars of a million output tokens. ± covers four in five cases of the "
+        "validation" + (f"; wider here: {'; '.join(off.reasons)}" if off.reasons else "") + ".",
         soft_wrap=True,
     )
 
@@ -86,9 +84,9 @@ def _cells(plan: Plan, candidate: Candidate) -> list[str]:
         str(candidate.layout) + (" fused" if candidate.fused else ""),
         str(candidate.layout.devices),
         str(service.requests),
-        f"{service.ttft * 1e3:.3g}±{off.ttft:.0%}",
-        f"{service.tpot * 1e3:.3g}±{off.tpot:.0%}",
-        f"{service.throughput:.3g}±{off.throughput:.0%}",
+        f"{figure(service.ttft * 1e3)}±{off.ttft:.0%}",
+        f"{figure(service.tpot * 1e3)}±{off.tpot:.0%}",
+        f"{figure(service.throughput)}±{off.throughput:.0%}",
         f"{(memory.usable - memory.room) / 1e9:.0f}/{memory.usable / 1e9:.0f}",
         f"{candidate.dollars:.3g}",
         split_in_words(candidate),
@@ -119,8 +117,8 @@ def print_report(report: Report, console: Console) -> None:
     count, median, p80 = report.speedups
     if count:
         console.print(
-            f"TP speed-ups (TPOT at TP2/TP4 and TP4/TP8, {count} pairs): median error {median:.1%}, "
-            f"80% below {p80:.1%}"
+            f"TP speed-ups (TPOT at TP2/TP4 and TP4/TP8, {count} pairs): median error "
+            f"{median:.1%}, 80% below {p80:.1%}"
         )
     if report.fitted:
         console.print(f"Constants were fitted to {report.fitted} rows that are not among these:")

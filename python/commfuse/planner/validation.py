@@ -19,7 +19,17 @@ from commfuse.planner.model import Model, load_model
 from commfuse.planner.serving import MIXED, PREFILL_FIRST, Service, Work, serve
 from commfuse.planner.step import Setting
 
-COLUMNS = ("model_path", "system", "backend", "isl", "osl", "concurrency", "tp_size", "ttft_ms", "tpot_ms")  # fmt: skip
+COLUMNS = (
+    "model_path",
+    "system",
+    "backend",
+    "isl",
+    "osl",
+    "concurrency",
+    "tp_size",
+    "ttft_ms",
+    "tpot_ms",
+)
 CHUNK = 8192  # tokens of a step, as engines have it by default
 _DTYPES = {"": "bf16", "bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16", "float16": "fp16",
            "fp8": "fp8", "fp8_block": "fp8", "fp8_static": "fp8", "int4_wo": "int4", "int4": "int4",
@@ -27,7 +37,7 @@ _DTYPES = {"": "bf16", "bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16", "floa
 # Fitted in this order; the others stay as they are: one model's rows say nothing about them.
 FITTED = ("memory", "attention_memory", "gemm", "attention", "kernel", "sync", "step", "request")
 _SHARES = ("memory", "attention_memory", "gemm", "attention")  # parts of a peak: at most 1
-_PRIOR_WEIGHT = 0.1
+_PRIOR_WEIGHT = 0.3
 _LOW_SHARE = 0.8  # of what 16-bit GEMMs reach, while no 8-bit rows are fitted
 
 
@@ -221,8 +231,9 @@ def validate(path: str, fit_on: str | None = None) -> Report:
 
     Args:
         path: of a CSV file with at least :data:`COLUMNS`.
-        fit_on: fit the constants to the rows of models whose name contains this, and test on the
-            others; None: use those that come with the package.
+        fit_on: fit the constants to the rows of models whose name contains this, or to every third
+            row of each model (``thirds``), and test on the others; None: use those that come with
+            the package.
 
     Raises:
         UsageError: the file cannot be used, or there is nothing left to fit or to test.
@@ -230,8 +241,7 @@ def validate(path: str, fit_on: str | None = None) -> Report:
     rows, left_out = read_rows(path)
     calibration, fitted = shipped(), 0
     if fit_on is not None:
-        chosen = [row for row in rows if fit_on.lower() in row.model.name]
-        rows = [row for row in rows if fit_on.lower() not in row.model.name]
+        chosen, rows = _split(rows, fit_on.lower())
         if not chosen or not rows:
             raise UsageError(f"--fit-on {fit_on}: {len(chosen)} rows to fit, {len(rows)} to test")
         calibration, fitted = fit(chosen), len(chosen)
@@ -253,3 +263,14 @@ def validate(path: str, fit_on: str | None = None) -> Report:
         fitted=fitted,
         calibration=calibration,
     )
+
+
+def _split(rows: Sequence[Row], fit_on: str) -> tuple[list[Row], list[Row]]:
+    """Rows to fit, and rows to test."""
+    seen: Counter[str] = Counter()
+    parts: tuple[list[Row], list[Row]] = ([], [])
+    for row in rows:
+        fitted = seen[row.model.name] % 3 == 0 if fit_on == "thirds" else fit_on in row.model.name
+        seen[row.model.name] += 1
+        parts[not fitted].append(row)
+    return parts
