@@ -114,13 +114,14 @@ def _bars(plan: Plan) -> str:
 
 
 def _front(plan: Plan) -> str:
+    answer = plan.best.layout, plan.best.service.requests
     dots = [
         Dot(
             c.service.tpot * 1e3,
             c.service.throughput / c.layout.devices,
             f"{c.layout}, {c.service.requests} requests: {c.service.tpot * 1e3:.3g} ms, "
             f"{c.service.throughput:.4g} tokens/s",
-            c == plan.best,
+            (c.layout, c.service.requests) == answer,
         )
         for c in plan.front
     ]

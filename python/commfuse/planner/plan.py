@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field, replace
 
@@ -111,7 +112,6 @@ class Plan:
         question: what was asked.
         candidates: every layout at work that keeps the limits, the best first, one for each layout.
         refused: layouts that do not fit.
-        front: those that no other beats in both TPOT and tokens/s of a device.
         curve: speed over devices.
         sweet_spot: the last point of the curve from which on adding devices does not pay.
         fewest: the layout on the fewest devices that hold the model.
@@ -121,7 +121,6 @@ class Plan:
     question: Question
     candidates: list[Candidate]
     refused: list[Refused]
-    front: list[Candidate]
     curve: list[Point]
     sweet_spot: Point
     fewest: Layout
@@ -134,6 +133,13 @@ class Plan:
             fewest = [c for c in self.candidates if c.layout == self.fewest]
             return fewest[0] if fewest else self.candidates[0]
         return self.candidates[0]
+
+    @functools.cached_property
+    def front(self) -> list[Candidate]:
+        """Those that no other beats in both TPOT and tokens/s of a device, under any load unless
+        one was asked for."""
+        search = replace(self.search, requests=self.question.requests)
+        return pareto([candidate for candidate in search.run()[0] if not candidate.missed])
 
     def shown(self, most: int) -> list[Candidate]:
         """The best first, each TP x PP with its best number of replicas; the answer among them."""
@@ -184,7 +190,6 @@ def plan(question: Question) -> Plan:
         question=question,
         candidates=list(best_of.values()),
         refused=refused,
-        front=pareto(kept),
         curve=curve,
         sweet_spot=sweet_spot(curve),
         fewest=fewest or kept[0].layout,
