@@ -130,8 +130,8 @@ def _from_plan(path: Path, tp: int | None, speculate: str) -> tuple[int, str]:
     run = read_run_options(path)
     if run["pp"] > 1 or run["replicas"] > 1:
         raise UsageError(
-            f"--plan {path}: it has {run['pp']} stages and {run['replicas']} replicas, and generate "
-            "runs one of each; plan with --pp 1 --replicas 1"
+            f"--plan {path}: it has {run['pp']} stages and {run['replicas']} replicas, and "
+            "generate runs one of each; plan with --pp 1 --replicas 1"
         )
     drafts = run["draft_tokens"]
     if drafts and speculate == "off":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from commfuse.planner.names import figure
 from commfuse.planner.plan import Plan, Point
 from commfuse.planner.search import Candidate
@@ -97,7 +99,7 @@ def _wall(plan: Plan) -> str:
     if change <= 1.0:
         return head + f"The wall stands behind it: nothing on more is faster. {_why(spot, most)}"
     return head + (
-        f"Beyond it, {most.devices} devices ({most.best.layout}) bring {change - 1:.0%} more speed "
+        f"Beyond it, {most.devices} devices ({most.best.layout}) bring {change - 1:.1%} more speed "
         f"for {most.devices / spot.devices:.3g} times the devices. {_why(spot, most)}"
     )
 
@@ -108,7 +110,7 @@ def _devices(count: int) -> str:
 
 def _why(fewer: Point, more: Point) -> str:
     """Which terms of a token shrink and which grow from one point to the other."""
-    before, after = (p.best.service.per_token.as_dict() for p in (fewer, more))
+    before, after = (_resolved(p.best).as_dict() for p in (fewer, more))
     changes = {name: (after[name] - before[name]) * MS for name in before}
     least = min(changes, key=changes.get)
     grown = max(changes, key=changes.get)
@@ -121,6 +123,13 @@ def _why(fewer: Point, more: Point) -> str:
     if fixed > 0.25 * sum(before.values()):
         parts.append(f"{fixed * MS:.2g} ms (small kernels, host) stay whatever is added")
     return ", ".join(parts)[:1].upper() + ", ".join(parts)[1:] + "." if parts else ""
+
+
+def _resolved(candidate: Candidate) -> Terms:
+    """A token's time, with the prefills of others counted as what they consist of."""
+    service = candidate.service
+    per_token, prompt = service.per_token, service.first_token
+    return replace(per_token, prefill=0.0) + prompt.scaled(per_token.prefill / prompt.total)
 
 
 def _rule(plan: Plan) -> str:

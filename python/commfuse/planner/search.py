@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -234,14 +235,19 @@ def _replicated(candidate: Candidate, replicas: int, requests: int | None) -> Ca
 
 
 def rank(candidates: list[Candidate], work: Work, objective: str) -> list[Candidate]:
-    """The best first; among equals, the one on fewer devices."""
-    keys = {
-        "latency": lambda c: (c.seconds(work), c.layout.devices),
-        "throughput": lambda c: (-c.service.throughput, c.layout.devices),
-        "cost": lambda c: (c.dollars, c.layout.devices),
-        "pareto": lambda c: (c.seconds(work), c.layout.devices),
+    """The best first; among those that differ by about a percent, the one on fewer devices."""
+    values = {
+        "latency": lambda c: c.seconds(work),
+        "throughput": lambda c: 1 / c.service.throughput,
+        "cost": lambda c: c.dollars,
+        "pareto": lambda c: c.seconds(work),
     }
-    return sorted(candidates, key=lambda c: (bool(c.missed), *keys[objective](c)))
+
+    def key(candidate: Candidate) -> tuple[bool, float, int, float]:
+        value = values[objective](candidate)
+        return bool(candidate.missed), round(math.log(value), 2), candidate.layout.devices, value
+
+    return sorted(candidates, key=key)
 
 
 def pareto(candidates: list[Candidate]) -> list[Candidate]:
