@@ -54,7 +54,7 @@ def test_a_measured_machine_is_planned_for(tmp_path):
     assert set(dict(cluster.calibration)) <= set(PRIOR.as_dict())
     times = {}
     for tp in (1, 2):
-        question = Question(load_model("smollm2-135m"), cluster, limits=Limits(tp=tp, pp=1))
+        question = Question(load_model("llama-3.2-1b"), cluster, limits=Limits(tp=tp, pp=1))
         found = plan(question).best
         assert found.layout == Layout(tp)
         times[tp] = found.service.per_token.weights

@@ -93,5 +93,7 @@ def test_a_malformed_configuration_is_refused(change, message, tmp_path):
 def test_unknown_names_get_the_closest():
     with pytest.raises(UsageError, match=r"llama-3\.1-70b"):
         load_model("llama-3.1-71b")
+    with pytest.raises(UsageError, match="a mixture of experts"):
+        load_model("mistralai/Mixtral-8x7B-v0.1")
     with pytest.raises(UsageError, match="no such file"):
         load_model("./nothing.json")

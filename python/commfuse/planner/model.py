@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,8 @@ def load_model(name: str) -> Model:
         return from_config(_read(path), str(path))
     if path.suffix == ".json" or name.startswith((".", "/")):
         raise UsageError(f"--model {name}: there is no such file")
+    if re.search(r"mixtral|moe|deepseek|gpt-oss|\d+b-a\d+b|\d+x\d+b", name.lower()):
+        raise UsageError(f"--model {name}: a mixture of experts; only dense models so far")
     found = choose(preset_name(name), presets(), f"--model {name}", "model", "a config.json")
     return from_config(presets()[found], found)
 
