@@ -120,12 +120,18 @@ def most_replicas(cluster: Cluster, layout: Layout) -> int:
     return cluster.count // (-(-size // host) * host) or 1
 
 
-def request_counts(most: int, requests: int | None) -> list[int]:
-    """Numbers of requests in flight in one replica to look at: powers of two, and the most."""
+def request_counts(most: int, requests: int | None, exact: bool) -> list[int]:
+    """Numbers of requests in flight in one replica to look at: the most, and powers of two or four.
+
+    Args:
+        most: that have room.
+        requests: the only number to look at; None: any.
+        exact: whether powers of two are looked at.
+    """
     if requests is not None:
         return [requests]
     most = max(1, min(most, MOST_REQUESTS))
-    return sorted({1 << n for n in range(most.bit_length())} | {most})
+    return sorted({1 << n for n in range(0, most.bit_length(), 1 if exact else 2)} | {most})
 
 
 @dataclass(frozen=True)
@@ -188,10 +194,11 @@ class Search:
 
     def _at_work(self, layout: Layout, chunk: int, counts: list[int]) -> Iterator[Candidate]:
         room = self.memory(layout, chunk).requests(self.work.tokens)
+        exact = self.setting.cluster.count <= EXACT_DEVICES
         by_load: dict[int, Candidate] = {}
         for replicas in counts:
             each = None if self.requests is None else -(-self.requests // replicas)
-            for load in request_counts(room, each):
+            for load in request_counts(room, each, exact):
                 if load not in by_load:
                     by_load[load] = self.candidate(layout, chunk, load)
                 yield _replicated(by_load[load], replicas, self.requests)

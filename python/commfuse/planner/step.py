@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 
 from commfuse.planner.calibration import Calibration
 from commfuse.planner.cluster import Cluster
@@ -52,7 +52,7 @@ class Terms:
     @property
     def total(self) -> float:
         """Their sum."""
-        return sum(getattr(self, f.name) for f in fields(self))
+        return sum(getattr(self, name) for name in _TERMS)
 
     @property
     def communication(self) -> float:
@@ -60,15 +60,18 @@ class Terms:
         return self.all_reduce + self.send_recv + self.bubble
 
     def __add__(self, other: Terms) -> Terms:
-        return Terms(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+        return Terms(*(getattr(self, name) + getattr(other, name) for name in _TERMS))
 
     def scaled(self, factor: float) -> Terms:
         """All of them times ``factor``."""
-        return Terms(*(getattr(self, f.name) * factor for f in fields(self)))
+        return Terms(*(getattr(self, name) * factor for name in _TERMS))
 
     def as_dict(self) -> dict[str, float]:
         """By name."""
-        return asdict(self)
+        return {name: getattr(self, name) for name in _TERMS}
+
+
+_TERMS = tuple(field.name for field in fields(Terms))
 
 
 @dataclass(frozen=True)
