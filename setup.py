@@ -245,7 +245,11 @@ setup(
     packages=packages,
     package_dir=package_dir,
     include_package_data=False,
-    package_data={"commfuse": ["py.typed"], "commfuse.runtime": ["tables/*.json"]},
+    package_data={
+        "commfuse": ["py.typed"],
+        "commfuse.runtime": ["tables/*.json"],
+        "commfuse.planner": ["data/*.json"],
+    },
     ext_modules=[extension()],
     cmdclass={"build_py": BuildPy, "build_ext": BuildExt, "dist_info": DistInfo},
 )

@@ -21,7 +21,7 @@ LAYERS = [
     ["ops"],
     ["nn"],
     ["models", "pipeline"],
-    ["plan", "speculative"],
+    ["planner", "speculative"],
     ["generation"],
     ["testing"],
     ["bench"],

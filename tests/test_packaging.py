@@ -228,6 +228,8 @@ class TestWheel:
         }
         python_files = {"commfuse/" + p for p in ("__init__.py", "triton_kernels/__init__.py")}
         assert python_files <= set(names)
+        facts = ("calibration", "devices", "links", "models", "plan.schema")
+        assert {f"commfuse/planner/data/{name}.json" for name in facts} <= set(names)
         assert "commfuse/deleted.py" not in names
         assert f"commfuse/{_extension._RECORD}" in names
         assert not [name for name in names if name.endswith((".cpp", ".h", ".cu", ".jsonl"))]

@@ -1,4 +1,4 @@
-"""The command line: ``commfuse generate | demo | bench | tune | doctor``.
+"""The command line: ``commfuse generate | demo | plan | profile | bench | tune | doctor``.
 
 Commands import what they need when they run, so that ``commfuse --help`` is immediate.
 """
@@ -13,6 +13,8 @@ from commfuse.cli.bench import bench
 from commfuse.cli.demo import demo
 from commfuse.cli.doctor import doctor
 from commfuse.cli.generate import generate
+from commfuse.cli.plan import plan
+from commfuse.cli.profile import profile
 from commfuse.cli.tune import tune
 from commfuse.errors import CommfuseError, UsageError
 
@@ -22,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Transformers split over several processes or devices, with fused communication.",
 )
-for command in (generate, demo, bench, tune, doctor):
+for command in (generate, demo, plan, profile, bench, tune, doctor):
     app.command()(command)
 
 

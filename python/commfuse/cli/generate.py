@@ -64,6 +64,10 @@ def generate(
     backend: Annotated[
         str, typer.Option(help="auto: our shared-memory kernels; torch: torch.distributed (gloo).")
     ] = "auto",
+    plan: Annotated[
+        Path | None,
+        typer.Option(help="A file that `commfuse plan --json` wrote: its TP, its draft tokens."),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(help="Threads of each rank. [default: cores / ranks]")
     ] = None,
@@ -90,6 +94,8 @@ def generate(
         raise UsageError(f"--max-new-tokens {max_new_tokens}: at least 1")
     if threads is not None and threads < 1:
         raise UsageError(f"--threads {threads}: at least 1")
+    if plan is not None:
+        tp, speculate = _from_plan(plan, tp, speculate)
     ranks = agree_on_tp(tp)
     options = _Options(
         model=model,
@@ -111,6 +117,26 @@ def generate(
     else:
         _check_model(options)
         raise typer.Exit(run_again_as_ranks(ranks))
+
+
+def _from_plan(path: Path, tp: int | None, speculate: str) -> tuple[int, str]:
+    """The tensor parallelism and the drafter of a plan; what was given beside it comes first.
+
+    Raises:
+        UsageError: the plan cannot be read, or asks for what cannot run here.
+    """
+    from commfuse.planner.document import read_run_options
+
+    run = read_run_options(path)
+    if run["pp"] > 1 or run["replicas"] > 1:
+        raise UsageError(
+            f"--plan {path}: it has {run['pp']} stages and {run['replicas']} replicas, and "
+            "generate runs one of each; plan with --pp 1 --replicas 1"
+        )
+    drafts = run["draft_tokens"]
+    if drafts and speculate == "off":
+        speculate = f"ngram:{drafts}"
+    return tp or run["tp"], speculate
 
 
 def _model_path(model: str, as_json: bool) -> Path:

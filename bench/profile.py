@@ -1,0 +1,268 @@
+"""``commfuse profile``: what a planner wants to know of this machine, measured in a minute.
+
+GEMMs and memory, all-reduces and send/recv over sizes; on the CPU also what the layers and the
+steps of ``commfuse generate`` cost beside them. Rank 0 writes a cluster file for ``commfuse plan``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from commfuse import ops
+from commfuse.bench.provenance import cpu_model, provenance
+from commfuse.bench.timing import Cell, gather, measure
+from commfuse.planner.cluster_file import write_cluster
+from commfuse.runtime import launch
+from commfuse.runtime.communicator import SHARED_MEMORY, Communicator
+
+MESSAGES = tuple(1 << exponent for exponent in range(10, 24, 2))  # 1 KB to 4 MB
+STREAMED_BYTES = 256 << 20  # several times a last-level cache
+SIDE = 2048  # of the square weights that are streamed
+ROWS = {"cpu": 256, "cuda": 4096}  # of a GEMM that is bound by arithmetic
+TINY = {"hidden": 128, "features": 256, "heads": 4, "head_dim": 32}  # a layer that is all overhead
+TINY_LAYERS = 32
+KERNELS = 10  # that the planner counts in a layer
+REPEATS, CALLS = 7, 10
+
+
+def run_rank(device_type: str, path: Path) -> None:
+    """Measures on this rank and its peers; rank 0 writes the file and says what it holds.
+
+    Args:
+        device_type: ``cpu`` or ``cuda``.
+        path: of the file to write.
+
+    Raises:
+        CommfuseError: a call failed.
+    """
+    launch.join_job()
+    on_gpu = device_type == "cuda"
+    device = launch.use_gpu() if on_gpu else torch.device("cpu")
+    if not on_gpu:
+        torch.set_num_threads(1)  # a device is one core
+    # What is captured on a GPU must not be made on its default stream.
+    stream = torch.cuda.stream(torch.cuda.Stream()) if on_gpu else contextlib.nullcontext()
+    try:
+        with torch.inference_mode(), stream, Communicator(dist.group.WORLD, device=device) as comm:
+            found = measure_all(comm)
+            if comm.rank == 0:
+                write_cluster(path, found)
+                print(f"written to {path}; plan with it: commfuse plan --cluster {path} --model …")
+    finally:
+        dist.destroy_process_group()
+
+
+def measure_all(comm: Communicator) -> dict[str, Any]:
+    """The content of a cluster file, the same on every rank."""
+    on_cpu = comm.device.type == "cpu"
+    say = print if comm.rank == 0 else (lambda *_, **__: None)
+    alone, together = stream_rates(comm)
+    flops = arithmetic_rate(comm)
+    say(f"memory {alone / 1e9:.1f} GB/s alone, {together / 1e9:.1f} together", file=sys.stderr)
+    reduces = {size: all_reduce_us(comm, size) for size in MESSAGES}
+    sends = {size: send_us(comm, size) for size in MESSAGES}
+    smallest, largest = reduces[MESSAGES[0]], reduces[MESSAGES[-1]]
+    say(f"all-reduce {smallest:.1f} us for 1 KB, {largest:.0f} us for 4 MB", file=sys.stderr)
+    facts: dict[str, Any] = {
+        "name": device_name(comm).lower().replace(" ", "-"),
+        "bandwidth_gb_per_s": round(alone / 1e9, 2),
+        "memory_gb": round(memory_bytes(comm) / 1e9, 1),
+        "tflops": {"bf16": round(flops / 1e12, 3)},
+        "achievable": 1.0,
+    }
+    calibration: dict[str, float] = {"memory": 1.0, "gemm": 1.0}
+    if on_cpu:
+        facts["name"] = "cpu"
+        facts["title"] = f"a core of {device_name(comm)}"
+        facts["host_bandwidth_gb_per_s"] = round(together * comm.world_size / 1e9, 2)
+        calibration.update(overheads(comm, reduces[MESSAGES[0]]))
+    link = {
+        "latency_us": round(sends[MESSAGES[0]], 2),
+        "gb_per_s": round(MESSAGES[-1] / sends[MESSAGES[-1]] / 1e3, 3),
+        "mapped": comm.transport == SHARED_MEMORY or comm.serves_gpu,
+        "all_reduce_us": {comm.world_size: ascending(reduces)},
+        "send_us": ascending(sends),
+        "source": f"commfuse profile, {provenance()['date_utc'][:10]}",
+    }
+    return {
+        "name": f"{comm.world_size}x-{facts['name']}",
+        "device": facts,
+        "levels": [{"name": "host", "size": comm.world_size, "link": link}],
+        "calibration": {name: float(f"{value:.4g}") for name, value in calibration.items()},
+        "measured": {
+            name: str(provenance()[name]) for name in ("date_utc", "commfuse", "torch", "cpu_model")
+        },
+    }
+
+
+def ascending(times: dict[int, float]) -> list[list[float]]:
+    """[bytes, microseconds]; a larger message is never said to be faster than a smaller one."""
+    points, least = [], 0.0
+    for size in sorted(times):
+        least = max(least, times[size])
+        points.append([size, round(least, 2)])
+    return points
+
+
+def device_name(comm: Communicator) -> str:
+    """As the maker calls it."""
+    return torch.cuda.get_device_name(comm.device) if comm.device.type == "cuda" else cpu_model()
+
+
+def memory_bytes(comm: Communicator) -> int:
+    """Of one device; cores share the host's."""
+    if comm.device.type == "cuda":
+        return torch.cuda.get_device_properties(comm.device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // comm.world_size
+
+
+def _linear(comm: Communicator) -> Callable[[torch.Tensor, Any], torch.Tensor]:
+    return ops.matmul if comm.device.type == "cpu" else F.linear
+
+
+def _seconds(call: Callable[[], object], comm: Communicator | None) -> float:
+    """The median of some calls, which all ranks of a communicator begin together."""
+    times = []
+    for _ in range(REPEATS):
+        if comm is not None:
+            comm.barrier()
+        begin = time.perf_counter()
+        call()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+def stream_rates(comm: Communicator) -> tuple[float, float]:
+    """Bytes/s at which GEMMs of one row read weights: this rank alone, and all at once."""
+    linear, pack = _linear(comm), ops.pack_weight if comm.device.type == "cpu" else lambda w: w
+    count = STREAMED_BYTES // (SIDE * SIDE * 2)
+    weights = [pack(_random(comm, SIDE, SIDE)) for _ in range(count)]
+    x = _random(comm, 1, SIDE)
+
+    def stream() -> None:
+        for weight in weights:
+            linear(x, weight)
+
+    stream()
+    together = gather(_seconds(stream, comm), comm)
+    # Meanwhile the others sleep in a socket: in a barrier they would poll, next to this core.
+    alone = gather(_seconds(stream, None) if comm.rank == 0 else 0.0, comm)[0]
+    return STREAMED_BYTES / alone, STREAMED_BYTES / max(together)
+
+
+def arithmetic_rate(comm: Communicator) -> float:
+    """Operations/s of a GEMM with many rows, all ranks at once."""
+    linear, pack = _linear(comm), ops.pack_weight if comm.device.type == "cpu" else lambda w: w
+    rows = ROWS[comm.device.type]
+    weight, x = pack(_random(comm, SIDE, SIDE)), _random(comm, rows, SIDE)
+    slowest = max(gather(_seconds(lambda: linear(x, weight), comm), comm))
+    return 2.0 * rows * SIDE * SIDE / slowest
+
+
+def _random(comm: Communicator, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, device=comm.device).to(torch.bfloat16)
+
+
+def all_reduce_us(comm: Communicator, nbytes: int) -> float:
+    """An all-reduce as the library chooses it, the slowest rank's median."""
+    x = torch.zeros(nbytes // 2, dtype=torch.bfloat16, device=comm.device)
+    ops.all_reduce(x, comm)
+    cell = Cell("all_reduce", [lambda: ops.all_reduce(x, comm)])
+    return measure([cell], comm, iterations=None if nbytes < 1 << 20 else 100)["all_reduce"].p50_us
+
+
+def send_us(comm: Communicator, nbytes: int) -> float:
+    """One message from rank 0 to rank 1: half of a round trip over torch.distributed."""
+    if comm.world_size == 1:
+        return 1.0
+    x = torch.zeros(nbytes // 2, dtype=torch.bfloat16, device=comm.device)
+
+    def round_trip() -> None:
+        if comm.rank > 1:
+            return
+        for sender in (0, 1):
+            if comm.rank == sender:
+                dist.send(x, 1 - sender, group=comm.group)
+            else:
+                dist.recv(x, 1 - comm.rank, group=comm.group)
+
+    round_trip()
+    return gather(_seconds(round_trip, comm), comm)[0] / 2 * 1e6
+
+
+def overheads(comm: Communicator, all_reduce: float) -> dict[str, float]:
+    """Seconds of a layer, an all-reduce and a step beyond what the planner counts by bytes."""
+    with Communicator() as single:
+        layer = _tiny_layer_seconds(single)
+    kernel = layer / KERNELS
+    waiting = (_tiny_layer_seconds(comm) - layer) / 2 - all_reduce * 1e-6
+    slowest = max(gather(waiting, comm))
+    return {
+        "kernel": max(gather(kernel, comm)),
+        "sync": max(slowest, 1e-8),
+        "step": max(gather(_step_seconds(comm), comm)),
+        "attention_memory": 0.5,
+        "arrival": 1e-3,
+        "load": 1.0,
+    }
+
+
+def _tiny_layer_seconds(comm: Communicator) -> float:
+    """A layer whose weights take no time to read, its all-reduces included."""
+    hidden, features = TINY["hidden"], TINY["features"]
+    heads, head_dim = TINY["heads"], TINY["head_dim"]
+    width = heads * head_dim
+    blocks = [
+        ops.BlockWeights(
+            qkv=ops.pack_weight(_random(comm, 3 * width, hidden)),
+            output=ops.pack_weight(_random(comm, hidden, width)),
+            gate_up=ops.pack_gate_up(*(_random(comm, features, hidden) for _ in range(2))),
+            down=ops.pack_weight(_random(comm, hidden, features)),
+            middle_norm=_random(comm, hidden),
+            next_norm=_random(comm, hidden),
+            heads=(heads, 0, 1),
+            eps=1e-5,
+        )
+        for _ in range(TINY_LAYERS)
+    ]
+    shape = (1, heads, 16, head_dim)
+    caches = [tuple(torch.zeros(shape, dtype=torch.bfloat16) for _ in "kv") for _ in blocks]
+    rotary = (torch.ones(16, head_dim // 2), torch.zeros(16, head_dim // 2))
+    placement = ops.Placement(torch.tensor([0]), torch.tensor([1]), rotary)
+    x = _random(comm, 1, hidden) * 0.01
+
+    def run() -> None:
+        for _ in range(CALLS):
+            ops.transformer_blocks(x, x.clone(), blocks, caches, placement, comm)
+
+    run()
+    return _seconds(run, comm) / CALLS / TINY_LAYERS
+
+
+def _step_seconds(comm: Communicator) -> float:
+    """What a decoding step does outside its layers, but for the head's GEMM."""
+    logits = torch.zeros(1, 512)
+    table = _random(comm, 512, TINY["hidden"])
+    norm = _random(comm, TINY["hidden"])
+
+    def step() -> None:
+        for _ in range(CALLS):
+            tokens, begin = torch.tensor([1]), 512 * comm.rank
+            ops.vocab_parallel_embedding(tokens, table, begin, comm, norm_weight=norm)
+            ops.vocab_parallel_argmax(logits, begin, comm).tolist()
+
+    step()
+    return _seconds(step, comm) / CALLS

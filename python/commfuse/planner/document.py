@@ -1,0 +1,188 @@
+"""The answer as JSON, for programs: versioned, described by ``data/plan.schema.json``."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+from commfuse.errors import UsageError
+from commfuse.planner.calibration import origin
+from commfuse.planner.explanation import explain
+from commfuse.planner.plan import Plan
+from commfuse.planner.search import Candidate
+from commfuse.planner.uncertainty import spread
+
+VERSION = 1
+_SCHEMA = Path(__file__).parent / "data" / "plan.schema.json"
+DEFINITIONS = {
+    "ttft_ms": "from a request's arrival to its first token, waiting included; mean",
+    "tpot_ms": "(last token - first token) / (output tokens - 1), prefills of others in between "
+    "included; mean",
+    "tokens_per_second": "output tokens of all requests per second while there is always a next",
+}
+
+
+@functools.cache
+def schema() -> dict[str, Any]:
+    """The JSON Schema of :func:`document`."""
+    return json.loads(_SCHEMA.read_text())
+
+
+def document(plan: Plan) -> dict[str, Any]:
+    """The whole answer.
+
+    Example:
+        >>> document(plan(question))["best"]["layout"]
+        {'tp': 8, 'pp': 1, 'replicas': 1, 'devices': 8}
+    """
+    question = plan.question
+    cluster, device, model = question.cluster, question.cluster.device, question.model
+    return {
+        "version": VERSION,
+        "status": "ok",
+        "definitions": DEFINITIONS,
+        "question": _question(plan),
+        "model": {
+            "name": model.name,
+            "parameters": model.parameters,
+            "weight_bytes": model.weight_bytes(question.precision.weights),
+            "kv_bytes_per_token": model.kv_bytes_per_token(question.precision.kv),
+        },
+        "cluster": {
+            "name": cluster.name,
+            "device": device.name,
+            "devices": cluster.count,
+            "levels": [
+                {"name": level.name, "size": level.size, "link": level.link.name}
+                for level in cluster.levels
+            ],
+        },
+        "best": _candidate(plan, plan.best),
+        "candidates": [_candidate(plan, c) for c in plan.candidates],
+        "refused": [{"layout": _layout(r.layout), "reason": r.reason} for r in plan.refused],
+        "pareto": [_candidate(plan, c) for c in plan.front],
+        "scaling": [
+            {"devices": p.devices, "speed": p.speed, "layout": _layout(p.best.layout)}
+            for p in plan.curve
+        ],
+        "sweet_spot": {
+            "devices": plan.sweet_spot.devices,
+            "layout": _layout(plan.sweet_spot.best.layout),
+        },
+        "fewest_devices": _layout(plan.fewest),
+        "run": run_options(plan),
+        "explanation": explain(plan),
+        "calibration": origin(),
+    }
+
+
+def does_not_fit(message: str) -> dict[str, Any]:
+    """The document where no layout has room."""
+    return {"version": VERSION, "status": "does not fit", "message": message}
+
+
+def run_options(plan: Plan) -> dict[str, Any]:
+    """What ``commfuse generate --plan`` and ``parallelize`` take from it."""
+    best = plan.best
+    speculation = best.service.speculation
+    drafts = speculation.drafts if speculation else 0
+    return {
+        "tp": best.layout.tp,
+        "pp": best.layout.pp,
+        "replicas": best.layout.replicas,
+        "micro_batches": best.service.groups,
+        "prefill_chunk": best.chunk,
+        "fused": best.fused,
+        "draft_tokens": drafts,
+        "weights": plan.question.precision.weights,
+        "kv": plan.question.precision.kv,
+    }
+
+
+def _question(plan: Plan) -> dict[str, Any]:
+    question = plan.question
+    return {
+        "prompt": question.work.prompt,
+        "output": question.work.output,
+        "requests": question.in_flight,
+        "objective": question.objective,
+        "weights": question.precision.weights,
+        "kv": question.precision.kv,
+        "ttft_limit_ms": _ms(question.limits.ttft),
+        "tpot_limit_ms": _ms(question.limits.tpot),
+    }
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else seconds * 1e3
+
+
+def _layout(layout) -> dict[str, int]:
+    return {
+        "tp": layout.tp,
+        "pp": layout.pp,
+        "replicas": layout.replicas,
+        "devices": layout.devices,
+    }
+
+
+def _candidate(plan: Plan, candidate: Candidate) -> dict[str, Any]:
+    service = candidate.service
+    off = spread(plan.question.cluster, candidate.layout)
+    memory, speculation = service.memory, service.speculation
+    return {
+        "layout": _layout(candidate.layout),
+        "prefill_chunk": candidate.chunk,
+        "fused": candidate.fused,
+        "requests": service.requests,
+        "running": service.running,
+        "micro_batches": service.groups,
+        "idle": service.idle,
+        "ttft_ms": {"value": service.ttft * 1e3, "relative_error": off.ttft},
+        "tpot_ms": {"value": service.tpot * 1e3, "relative_error": off.tpot},
+        "tokens_per_second": {"value": service.throughput, "relative_error": off.throughput},
+        "dollars_per_million_tokens": candidate.dollars,
+        "wider_errors": list(off.reasons),
+        "memory": {
+            "usable_bytes": memory.usable,
+            "weights_bytes": memory.weights,
+            "activations_bytes": memory.activations,
+            "workspace_bytes": memory.workspace,
+            "kv_bytes_per_token": memory.kv_per_token,
+            "kv_tokens": memory.kv_tokens,
+            "relative_error": off.memory,
+        },
+        "per_token_ms": {name: value * 1e3 for name, value in service.per_token.as_dict().items()},
+        "first_token_ms": {
+            name: value * 1e3 for name, value in service.first_token.as_dict().items()
+        },
+        "speculation": None
+        if speculation is None
+        else {
+            "draft_tokens": speculation.drafts,
+            "tokens_per_step": speculation.tokens,
+            "speedup": speculation.speedup,
+            "break_even_acceptance": speculation.break_even,
+        },
+    }
+
+
+def read_run_options(path: Path) -> dict[str, Any]:
+    """The ``run`` part of a file that ``commfuse plan --json`` wrote.
+
+    Raises:
+        UsageError: no such file, another version, or a plan in which nothing fits.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UsageError(f"--plan {path}: {error}") from None
+    if not isinstance(content, dict) or content.get("version") != VERSION:
+        raise UsageError(
+            f"--plan {path}: not a plan of version {VERSION}; write it with plan --json"
+        )
+    if content.get("status") != "ok" or not isinstance(content.get("run"), dict):
+        raise UsageError(f"--plan {path}: nothing fits in this plan")
+    return content["run"]

@@ -1,0 +1,170 @@
+"""Answers: what is chosen, what does not fit, what is said about it, in which form."""
+
+import json
+import re
+import time
+from dataclasses import replace
+from xml.etree import ElementTree
+
+import pytest
+
+from commfuse.errors import UsageError
+from commfuse.planner.cluster import parse_cluster
+from commfuse.planner.document import document, does_not_fit, read_run_options, schema
+from commfuse.planner.explanation import explain
+from commfuse.planner.layout import Layout
+from commfuse.planner.memory import Precision
+from commfuse.planner.model import load_model
+from commfuse.planner.page import page
+from commfuse.planner.plan import DoesNotFit, Question, plan
+from commfuse.planner.search import Limits
+from commfuse.planner.serving import Work
+
+
+def ask(model, cluster, **more):
+    return plan(Question(load_model(model), parse_cluster(cluster), **more))
+
+
+def valid(value, rule, root):
+    """A small JSON Schema validator: what the plan's schema uses, and nothing else."""
+    if "$ref" in rule:
+        return valid(value, root["$defs"][rule["$ref"].rsplit("/", 1)[-1]], root)
+    if "oneOf" in rule:
+        return sum(valid(value, option, root) for option in rule["oneOf"]) == 1
+    kinds = rule.get("type", [])
+    names = {
+        "object": dict, "array": list, "string": str, "boolean": bool, "integer": int,
+        "number": (int, float), "null": type(None),
+    }  # fmt: skip
+    for kind in [kinds] if isinstance(kinds, str) else kinds:
+        if isinstance(value, names[kind]) and not (
+            isinstance(value, bool) and kind in ("integer", "number")
+        ):
+            break
+    else:
+        if kinds:
+            return False
+    if value != rule.get("const", value) or value not in rule.get("enum", [value]):
+        return False
+    if isinstance(value, (int, float)) and value < rule.get("minimum", value):
+        return False
+    if isinstance(value, list):
+        return all(valid(item, rule.get("items", {}), root) for item in value)
+    if isinstance(value, dict):
+        known = rule.get("properties", {})
+        if rule.get("additionalProperties") is False and set(value) - set(known):
+            return False
+        return set(rule.get("required", [])) <= set(value) and all(
+            valid(value[name], known[name], root) for name in set(value) & set(known)
+        )
+    return True
+
+
+def test_405b_on_one_host_is_short_and_on_two_it_fits():
+    with pytest.raises(DoesNotFit, match=r"does not fit .* 30\.\d GB short on each device") as miss:
+        ask("llama-3.1-405b", "8:a100-80g-sxm")
+    assert "12 such devices hold it, as TP4 x PP3; in hosts of 8, 2 hosts" in str(miss.value)
+    assert ask("llama-3.1-405b", "2x8:a100-80g-sxm,ib-hdr").best.layout.devices == 16
+
+
+def test_405b_with_a_free_count_takes_twelve():
+    found = ask("llama-3.1-405b", "any:a100-80g-sxm")
+    assert found.best.layout == found.fewest == Layout(4, 3)
+    assert found.best.service.memory.kv_tokens > 50_000
+    assert any("hosts come with 8, so people buy 16" in text for text in explain(found))
+
+
+def test_the_search_is_quick():
+    begin = time.perf_counter()
+    ask("llama-3.1-70b", "8x8:h100-sxm,ib-ndr", objective="throughput")
+    assert time.perf_counter() - begin < 2  # 0.6 s on an idle core
+
+
+def test_do_not_distribute():
+    assert explain(ask("llama-2-7b", "1:rtx-4090"))[0].startswith("Do not distribute")
+    found = ask("llama-3.1-8b", "8:h100-sxm", objective="throughput")
+    assert found.best.layout == Layout(1, 1, 8)
+    assert explain(found)[0].startswith("Do not split the model: 8 replicas")
+
+
+def test_the_rule_and_when_it_does_not_hold():
+    one = explain(ask("llama-3.1-405b", "2x8:a100-80g-sxm,ib-hdr"))
+    assert any("does not hold here: TP16" in text for text in one)
+    many = explain(ask("llama-3.1-405b", "2x8:a100-80g-sxm,ib-hdr", objective="throughput"))
+    assert any("'TP inside the host, PP across hosts' holds" in text for text in many)
+
+
+def test_the_wall_is_explained():
+    limits = Limits(pp=1, replicas=1)
+    found = ask("llama-3.1-70b", "8:l40s", objective="throughput", limits=limits, fused=False,
+                precision=Precision("fp8", "fp8"), work=Work(1000, 1000))  # fmt: skip
+    assert found.sweet_spot.devices < 8
+    (text,) = [text for text in explain(found) if "sweet spot" in text]
+    assert "all-reduce grows" in text
+
+
+def test_more_memory_is_never_infeasible():
+    question = Question(load_model("llama-3.1-70b"), parse_cluster("8:a100-80g-sxm"))
+    device = question.cluster.device
+    last = 0
+    for memory in (30, 40, 60, 80, 160):
+        cluster = replace(question.cluster, device=device.with_changes(memory_gb=memory))
+        found = plan(replace(question, cluster=cluster))
+        assert len(found.candidates) >= last
+        last = len(found.candidates)
+
+
+def test_pruning_loses_nothing():
+    # 24 devices are searched with pruning, 16 exactly; on one host both must find the same.
+    exact = ask("llama-3.1-70b", "8:h100-sxm", objective="throughput")
+    pruned = ask("llama-3.1-70b", "3x8:h100-sxm,10gbe", limits=Limits(replicas=1))
+    alone = ask("llama-3.1-70b", "8:h100-sxm", limits=Limits(replicas=1))
+    assert pruned.best == alone.best
+    assert exact.best.service.throughput >= alone.best.service.throughput
+
+
+def test_the_front_is_one():
+    front = ask("llama-3.1-70b", "8:h100-sxm", objective="pareto").front
+    speeds = [c.service.throughput / c.layout.devices for c in front]
+    assert len(front) > 3
+    assert speeds == sorted(speeds)
+
+
+def test_limits_that_cannot_be_met_say_the_best():
+    with pytest.raises(UsageError, match=r"The best TPOT is .* ms \(TP8\)"):
+        ask("llama-3.1-70b", "8:h100-sxm", limits=Limits(tpot=0.001))
+
+
+def test_limits_are_kept():
+    found = ask("llama-3.1-70b", "8:h100-sxm", objective="cost", limits=Limits(tpot=0.02))
+    assert all(candidate.service.tpot <= 0.02 for candidate in found.candidates)
+
+
+@pytest.mark.parametrize("objective", ["latency", "throughput", "cost", "pareto"])
+def test_documents_keep_to_the_schema(objective):
+    found = document(ask("llama-3.1-8b", "2x4:h100-sxm,ib-ndr", objective=objective))
+    assert valid(json.loads(json.dumps(found)), schema(), schema())
+    assert valid(does_not_fit("too large"), schema(), schema())
+    assert not valid({**found, "version": 2}, schema(), schema())
+    assert not valid({**found, "more": 1}, schema(), schema())
+
+
+def test_a_plan_can_be_run(tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(document(ask("llama-3.1-8b", "2:h100-sxm"))))
+    assert read_run_options(path)["tp"] == 2
+    path.write_text(json.dumps(does_not_fit("too large")))
+    with pytest.raises(UsageError, match="nothing fits"):
+        read_run_options(path)
+
+
+def test_the_page_is_whole_and_needs_nothing_else():
+    text = page(ask("llama-3.1-405b", "2x8:a100-80g-sxm,ib-hdr"))
+    assert not re.search(r'(src|href)="(?!data:)|url\(|<script|@import', text)
+    drawings = re.findall(r"<svg.*?</svg>", text, re.S)
+    assert len(drawings) == 3
+    for drawing in drawings:
+        ElementTree.fromstring(drawing)
+    points = re.findall(r'<polyline class="curve" points="([^"]+)"', text)
+    assert all(len(set(found.split())) >= 3 for found in points)
+    assert text.count('class="part-all_reduce"') >= 8
