@@ -55,7 +55,7 @@ def run_rank() -> None:
             messages = measure_messages(comm)
             fused = measure_fused(comm)
             one_shot, lines = thresholds(messages)
-            table = tuning.Table(one_shot, lines, most_rows(fused))
+            table = tuning.Table(one_shot, lines, *fused_rows(fused))
             origin = {"setting": gpu_provenance(comm)["setting"], **_origin()}
             if comm.rank == 0:
                 path = tuning.save(name, {comm.world_size: table}, origin)
@@ -144,19 +144,22 @@ def thresholds(times: Mapping[str, Mapping[int, float]]) -> tuple[int, int]:
     return min(pairs, key=loss)
 
 
-def most_rows(times: Mapping[str, Mapping[int, float]]) -> int:
-    """The most rows to fuse, so that what is lost against the faster way of every size is least."""
+def fused_rows(times: Mapping[str, Mapping[int, float]]) -> tuple[int, int]:
+    """(fewest, most) rows to fuse, so that least is lost against the faster way of every size.
+
+    Between equal ones the narrower range wins; (1, 0): never.
+    """
     rows = sorted(times["fused"])
 
-    def loss(most: int) -> float:
-        return sum(
-            np.log(
-                times["fused" if m <= most else "unfused"][m] / min(t[m] for t in times.values())
-            )
-            for m in rows
-        )
+    def loss(span: tuple[int, int]) -> float:
+        total = 0.0
+        for m in rows:
+            way = "fused" if span[0] <= m <= span[1] else "unfused"
+            total += np.log(times[way][m] / min(t[m] for t in times.values()))
+        return total
 
-    return min([0, *rows], key=loss)
+    spans = [(a, b) for a, b in itertools.product(rows, rows) if a <= b]
+    return min([(1, 0), *sorted(spans, key=lambda span: span[1] - span[0])], key=loss)
 
 
 def _say(
@@ -169,9 +172,14 @@ def _say(
     print(f"{name}, {setting}; median us per call, slowest rank")
     _print_lines("all_reduce, KB", messages, [f"{size >> 10}" for size in MESSAGES])
     _print_lines("matmul_all_reduce, rows", fused, [str(rows) for rows in ROWS])
+    fused_or_not = (
+        f"fused from {table.fused_from_rows} to {table.fused_to_rows} rows"
+        if table.fused_from_rows <= table.fused_to_rows
+        else "never fused"
+    )
     print(
         f"one shot to {table.one_shot_bytes >> 10} KB, flags among the data to "
-        f"{table.lines_bytes >> 10} KB, fused to {table.fused_rows} rows"
+        f"{table.lines_bytes >> 10} KB, {fused_or_not}"
     )
 
 

@@ -175,8 +175,10 @@ PYBIND11_MODULE(_C, m) {
           py::arg("one_shot_bytes"), py::arg("lines_bytes"))
       .def(
           "set_fused_rows",
-          [](const Communicator& c, int64_t rows) { attachment(c).fused_rows = rows; },
-          py::arg("rows"));
+          [](const Communicator& c, int64_t fewest, int64_t most) {
+            attachment(c).fused_rows = {fewest, most};
+          },
+          py::arg("fewest"), py::arg("most"));
 #endif
 }
 

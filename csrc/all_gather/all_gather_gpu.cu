@@ -25,8 +25,7 @@ void all_gather(const CallSite& site, bool by_lines, DType dtype, const void* x,
     const int64_t bytes = n * static_cast<int64_t>(sizeof(T));
     with_world(site.workspace.world, [&]<int kWorld>() {
       launch(by_lines ? all_gather_by_lines<T, kWorld> : all_gather_in_bulk<T, kWorld>,
-             by_lines ? line_grid(bytes, site) : bulk_grid(bytes, site),
-             site.workspace.with_areas_of(by_lines ? (bytes + 7) / 8 * 16 : (bytes + 15) / 16 * 16),
+             by_lines ? line_grid(bytes, site) : bulk_grid(bytes, site), site.workspace,
              Announcement(site.descriptor), static_cast<const T*>(x), static_cast<T*>(out), stride,
              n);
     });

@@ -10,7 +10,7 @@ namespace commfuse::gpu {
 // The message of rank r goes to out + r * stride. T has the elements' size: their alignment is all
 // that is known of it.
 template <class T, int kWorld>
-__global__ void __launch_bounds__(kLineThreads)
+__global__ void __launch_bounds__(1024)
     all_gather_by_lines(const __grid_constant__ Workspace workspace,
                         const __grid_constant__ Announcement announcement, const T* x, T* out,
                         int64_t stride, int64_t n) {
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kLineThreads)
 }
 
 template <class T, int kWorld>
-__global__ void __launch_bounds__(kBulkThreads, 2)
+__global__ void __launch_bounds__(512)
     all_gather_in_bulk(const __grid_constant__ Workspace workspace,
                        const __grid_constant__ Announcement announcement, const T* x, T* out,
                        int64_t stride, int64_t n) {
@@ -76,12 +76,14 @@ __global__ void __launch_bounds__(kBulkThreads, 2)
   }
   exchange.publish(0, announcement.tag);
   if (!exchange.await(0, announcement.tag)) return;
-  move_units<kWorld>(
-      begin, end, world, rank,
-      [&](int s, int64_t j) {
-        return __ldcg(reinterpret_cast<const uint4*>(exchange.slot(rank, 0, s)) + j);
-      },
-      [&](int s, int64_t j, uint4 unit) { Units<T>(out + s * stride, n).store(j, unit); });
+#pragma unroll
+  for (int s = 0; s < kWorld; ++s) {
+    if (s >= world || s == rank) continue;
+    const uint4* slot = reinterpret_cast<const uint4*>(exchange.slot(rank, 0, s));
+    const Units<T> to(out + s * stride, n);
+#pragma unroll 4
+    for (int64_t j = begin; j < end; j += blockDim.x) to.store(j, __ldcg(slot + j));
+  }
   exchange.finish();
 }
 

@@ -21,30 +21,25 @@ int64_t all_reduce_capacity(const Workspace& workspace, AllReduce algorithm) {
 
 void all_reduce(const CallSite& site, AllReduce algorithm, DType dtype, const void* x,
                 const void* residual, void* out, int64_t n) {
+  const Workspace& workspace = site.workspace;
   const Announcement announcement(site.descriptor);
-  const int world = site.workspace.world;
-  const int64_t bytes = n * static_cast<int64_t>(size_of(dtype)),
-                part = (bytes + world - 1) / world;
-  // A line of 16 bytes carries a pack of 8; the parts of two shots by lines are whole packs.
-  const int64_t packs = (bytes + 7) / 8, packs_of_part = (packs + world - 1) / world;
-  const int64_t units_of_part = ((bytes + 15) / 16 + world - 1) / world;
+  const int world = workspace.world;
   with_type(dtype, [&]<class T>() {
     const T *from = static_cast<const T*>(x), *addend = static_cast<const T*>(residual);
     T* to = static_cast<T*>(out);
+    const int64_t bytes = n * static_cast<int64_t>(sizeof(T));
     with_world(world, [&]<int kWorld>() {
       switch (algorithm) {
         case AllReduce::one_shot:
-          return launch(all_reduce_one_shot<T, kWorld>, line_grid(bytes, site),
-                        site.workspace.with_areas_of(packs * 16), announcement, from, addend, to,
-                        n);
+          return launch(all_reduce_one_shot<T, kWorld>, line_grid(bytes, site), workspace,
+                        announcement, from, addend, to, n);
         case AllReduce::two_shot:
-          return launch(all_reduce_two_shot<T, kWorld>, line_grid(part, site),
-                        site.workspace.with_areas_of(2 * packs_of_part * 16), announcement, from,
+          return launch(all_reduce_two_shot<T, kWorld>,
+                        line_grid((bytes + world - 1) / world, site), workspace, announcement, from,
                         addend, to, n);
         case AllReduce::bulk:
-          return launch(all_reduce_bulk<T, kWorld>, bulk_grid(part, site),
-                        site.workspace.with_areas_of(units_of_part * 16), announcement, from,
-                        addend, to, n);
+          return launch(all_reduce_bulk<T, kWorld>, bulk_grid((bytes + world - 1) / world, site),
+                        workspace, announcement, from, addend, to, n);
       }
     });
   });

@@ -7,7 +7,7 @@
 //                       and writes the sum into everybody's x, between two barriers. Nobody else
 //                       touches part d, and nothing is staged.
 //
-// Every sum is formed in float32 in rank order, a residual (null, or equal on all ranks) last, and
+// Every sum is formed in float32 in rank order, + a residual (null, or equal on all ranks), and
 // rounded once.
 #pragma once
 
@@ -18,7 +18,7 @@ namespace commfuse::gpu {
 
 // One-shot. The threads of all blocks deal out the packs; each sends its packs and adds what comes.
 template <class T, int kWorld>
-__global__ void __launch_bounds__(kLineThreads)
+__global__ void __launch_bounds__(1024)
     all_reduce_one_shot(const __grid_constant__ Workspace workspace,
                         const __grid_constant__ Announcement announcement, const T* x,
                         const T* residual, T* out, int64_t n) {
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kLineThreads)
     if (!take_from_peers<kWorld>(
             exchange, 0, [&](int s) { return exchange.lines(rank, s) + i * kLineStride; }, lines))
       return;
-    Floats<T> sum = sum_of<T, kWorld>(exchange, lines, own);
+    Floats<T> sum = sum_of<T>(exchange, lines, own);
     if (residual) sum.add(more);
     to.store(i, sum.pack());
   }
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kLineThreads)
 
 // Two-shot by lines. Pack d * part + j belongs to part d; one thread handles pack j of all parts.
 template <class T, int kWorld>
-__global__ void __launch_bounds__(kLineThreads)
+__global__ void __launch_bounds__(1024)
     all_reduce_two_shot(const __grid_constant__ Workspace workspace,
                         const __grid_constant__ Announcement announcement, const T* x,
                         const T* residual, T* out, int64_t n) {
@@ -77,32 +77,25 @@ __global__ void __launch_bounds__(kLineThreads)
   const int64_t first = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
   const int64_t stride = gridDim.x * int64_t{blockDim.x};
 
-  // All loads before the first store: the compiler moves none across it.
-  uint2 mine = {0, 0};
   for (int64_t j = first; j < part; j += stride) {
-    uint2 packs_of[kWorld];
-#pragma unroll
-    for (int d = 0; d < kWorld; ++d) {
-      if (d < world) packs_of[d] = from.load(d * part + j);
-    }
 #pragma unroll
     for (int d = 0; d < kWorld; ++d) {
       if (d < world && d != rank) {
-        put_line(exchange.lines(d, rank) + j * kLineStride, packs_of[d], exchange.flag());
+        put_line(exchange.lines(d, rank) + j * kLineStride, from.load(d * part + j),
+                 exchange.flag());
       }
-      if (d == rank && j == first) mine = packs_of[d];
     }
   }
   if (blockIdx.x == 0) exchange.announce_with_word(announcement);
   for (int64_t j = first; j < part; j += stride) {
-    const uint2 own = j == first ? mine : from.load(rank * part + j);
+    const uint2 own = from.load(rank * part + j);
     uint2 more = {0, 0};
     if (residual) more = addend.load(rank * part + j);
     Line lines[kWorld];
     if (!take_from_peers<kWorld>(
             exchange, 0, [&](int s) { return exchange.lines(rank, s) + j * kLineStride; }, lines))
       return;
-    Floats<T> sum = sum_of<T, kWorld>(exchange, lines, own);
+    Floats<T> sum = sum_of<T>(exchange, lines, own);
     if (residual) sum.add(more);
     const uint2 total = sum.pack();
 #pragma unroll
@@ -131,7 +124,7 @@ __global__ void __launch_bounds__(kLineThreads)
 // Two-shot in bulk. A block handles the same stretch of every part, so that its words and those of
 // the blocks of its number are all it needs.
 template <class T, int kWorld>
-__global__ void __launch_bounds__(kBulkThreads, 2)
+__global__ void __launch_bounds__(512)
     all_reduce_bulk(const __grid_constant__ Workspace workspace,
                     const __grid_constant__ Announcement announcement, const T* x,
                     const T* residual, T* out, int64_t n) {
@@ -151,31 +144,41 @@ __global__ void __launch_bounds__(kBulkThreads, 2)
     return reinterpret_cast<uint4*>(exchange.slot(owner, phase, source));
   };
 
-  move_units<kWorld>(
-      begin, end, world, rank, [&](int d, int64_t j) { return from.load(d * part + j); },
-      [&](int d, int64_t j, uint4 unit) { place(d, 0, rank)[j] = unit; });
+#pragma unroll
+  for (int i = 0; i < kWorld; ++i) {
+    // Each rank begins with another peer, so that no memory has to take all ranks' stores at once.
+    const int d = (rank + i) % world;
+    if (i >= world) break;
+    uint4* slot = place(d, 0, rank);
+#pragma unroll 4
+    for (int64_t j = begin; j < end; j += blockDim.x) slot[j] = from.load(d * part + j);
+  }
   exchange.publish(0, announcement.tag);
   if (!exchange.await(0, announcement.tag)) return;
 
-  add_units<T, kWorld>(
-      begin, end, world,
-      [&](int s, int64_t j) {
-        return s == rank ? from.load(rank * part + j) : __ldcg(place(rank, 0, s) + j);
-      },
-      residual != nullptr, [&](int64_t j) { return addend.load(rank * part + j); },
-      [&](int64_t j, uint4 total) {
+#pragma unroll 2
+  for (int64_t j = begin; j < end; j += blockDim.x) {
+    UnitSum<T, kWorld> sum;
+    sum.load(world, [&](int s) { return place(rank, 0, s) + j; });
+    uint4 more;
+    if (residual) more = addend.load(rank * part + j);
+    const uint4 total = sum.total(world, residual ? &more : nullptr);
 #pragma unroll
-        for (int p = 0; p < kWorld; ++p) {
-          if (p < world && p != rank) place(p, 1, rank)[j] = total;
-        }
-        to.store(rank * part + j, total);
-      });
+    for (int p = 0; p < kWorld; ++p) {
+      if (p < world && p != rank) place(p, 1, rank)[j] = total;
+    }
+    to.store(rank * part + j, total);
+  }
   exchange.publish(1, announcement.tag);
   if (!exchange.await(1, announcement.tag)) return;
 
-  move_units<kWorld>(
-      begin, end, world, rank, [&](int d, int64_t j) { return __ldcg(place(rank, 1, d) + j); },
-      [&](int d, int64_t j, uint4 unit) { to.store(d * part + j, unit); });
+#pragma unroll
+  for (int d = 0; d < kWorld; ++d) {
+    if (d >= world || d == rank) continue;
+    const uint4* slot = place(rank, 1, d);
+#pragma unroll 4
+    for (int64_t j = begin; j < end; j += blockDim.x) to.store(d * part + j, __ldcg(slot + j));
+  }
   exchange.finish();
 }
 
@@ -186,7 +189,7 @@ struct PeerTensor {
 // In place; n elements are whole units, aligned to 16 bytes. The words of phase 1 are the barrier
 // that a tensor read in place needs: nobody writes to it again before all have read.
 template <class T, int kWorld>
-__global__ void __launch_bounds__(kBulkThreads, 2)
+__global__ void __launch_bounds__(512)
     all_reduce_in_place(const __grid_constant__ Workspace workspace,
                         const __grid_constant__ Announcement announcement,
                         const __grid_constant__ PeerTensor x, int64_t n) {
@@ -204,16 +207,16 @@ __global__ void __launch_bounds__(kBulkThreads, 2)
   const int64_t end = min(units, base + min(part, (blockIdx.x + 1) * stretch));
   if (!exchange.await(0, announcement.tag)) return;
 
-  const auto place = [&](int r, int64_t j) { return static_cast<uint4*>(x.data[r]) + j; };
-  add_units<T, kWorld>(
-      begin, end, world, [&](int s, int64_t j) { return __ldcg(place(s, j)); }, false,
-      [](int64_t) { return uint4{}; },
-      [&](int64_t j, uint4 total) {
+#pragma unroll 2
+  for (int64_t j = begin; j < end; j += blockDim.x) {
+    UnitSum<T, kWorld> sum;
+    sum.load(world, [&](int s) { return reinterpret_cast<const uint4*>(x.data[s]) + j; });
+    const uint4 total = sum.total(world);
 #pragma unroll
-        for (int p = 0; p < kWorld; ++p) {
-          if (p < world) *place(p, j) = total;
-        }
-      });
+    for (int i = 0; i < kWorld; ++i) {
+      if (i < world) reinterpret_cast<uint4*>(x.data[i])[j] = total;
+    }
+  }
   exchange.publish(1, announcement.tag);
   if (!exchange.await(1, announcement.tag)) return;
   exchange.finish();

@@ -19,6 +19,11 @@ struct Thresholds {
   int64_t lines = 1 << 20;
 };
 
+// For how many rows matmul_all_reduce sends tiles while it computes: likewise.
+struct FusedRows {
+  int64_t fewest = 1, most = 64;
+};
+
 class Attachment {
  public:
   // addresses: every rank's workspace, zero, as this process maps it; max_blocks: of kernels whose
@@ -32,7 +37,7 @@ class Attachment {
   int max_blocks() const { return max_blocks_; }
   const Workspace& workspace() const { return workspace_; }
   Thresholds thresholds;
-  int64_t fused_rows = 64;  // the most for which matmul_all_reduce is one kernel
+  FusedRows fused_rows;
 
   // Before each launch. Throws the communicator's failure, or ConcurrentUseError where another
   // stream's calls are still running.

@@ -12,8 +12,6 @@
 
 #include "cpu/dtypes.h"
 #include "gpu/call_site.h"
-#include "gpu/lines.cuh"
-#include "gpu/units.cuh"
 
 namespace commfuse::gpu {
 
@@ -41,17 +39,17 @@ struct Grid {
 inline Grid line_grid(int64_t bytes, const CallSite& site) {
   const int64_t packs = std::max<int64_t>(1, (bytes + 7) / 8);
   int threads = 128;
-  while (threads < kLineThreads && threads * int64_t{site.max_blocks} < packs) threads *= 2;
+  while (threads < 1024 && threads * int64_t{site.max_blocks} < packs) threads *= 2;
   const int64_t blocks = std::min<int64_t>((packs + threads - 1) / threads, site.max_blocks);
   return {static_cast<int>(blocks), threads, site.stream};
 }
 
-// Likewise, a unit (16 bytes) for each thread.
+// A unit (16 bytes) for each thread, likewise.
 inline Grid bulk_grid(int64_t bytes, const CallSite& site) {
+  constexpr int kThreads = 512;
   const int64_t units = std::max<int64_t>(1, (bytes + 15) / 16);
-  const int64_t blocks =
-      std::min<int64_t>((units + kBulkThreads - 1) / kBulkThreads, site.max_blocks);
-  return {static_cast<int>(blocks), kBulkThreads, site.stream};
+  const int64_t blocks = std::min<int64_t>((units + kThreads - 1) / kThreads, site.max_blocks);
+  return {static_cast<int>(blocks), kThreads, site.stream};
 }
 
 template <class... Parameters, class... Arguments>

@@ -9,7 +9,6 @@
 namespace commfuse::gpu {
 
 constexpr int64_t kLineStride = 16;
-constexpr int kLineThreads = 512;  // of a block at most: lines of 8 ranks take registers
 
 __device__ __forceinline__ void put_line(char* line, uint2 pack, uint32_t flag) {
   const uint64_t high = static_cast<uint64_t>(flag) << 32;
@@ -92,7 +91,7 @@ __device__ __forceinline__ bool take_from_peers(const Exchange& exchange, int ph
 
 // The sum in rank order of what the peers sent and this rank's own.
 template <class T, int kWorld>
-__device__ __forceinline__ Floats<T> sum_of(const Exchange& exchange, const Line* lines,
+__device__ __forceinline__ Floats<T> sum_of(const Exchange& exchange, const Line (&lines)[kWorld],
                                             uint2 own) {
   const int rank = exchange.rank();
   Floats<T> sum(rank == 0 ? own : lines[0].pack());

@@ -71,7 +71,7 @@ class Exchange {
   __device__ bool begin() {
     // Two independent loads by every thread: they are on the way together with the first loads of
     // whatever the kernel reads, and no thread has to hand the values on.
-    generation_ = load_relaxed(reinterpret_cast<const uint64_t*>(own_ + kGenerations) + block_) + 1;
+    generation_ = reinterpret_cast<const uint64_t*>(own_ + kGenerations)[block_] + 1;
     return load_relaxed(reinterpret_cast<const uint64_t*>(own_ + kAbort)) == 0;
   }
   // The block, which must leave together: threads may not disagree about an abort word that is
@@ -87,13 +87,12 @@ class Exchange {
 
   // Where `source` puts its payload on rank `owner`.
   __device__ char* slot(int owner, int phase, int source) const {
-    return w_.base[owner] + w_.slots_offset +
-           parity() * (kPhases * int64_t{w_.world} * w_.slot_bytes) +
-           (phase * int64_t{w_.world} + source) * w_.stride;
+    const int64_t index = (parity() * kPhases + phase) * w_.world + source;
+    return w_.base[owner] + w_.slots_offset + index * w_.slot_bytes;
   }
   // Likewise, for flag-in-data.
   __device__ char* lines(int owner, int source) const {
-    return w_.base[owner] + kLines + parity() * (w_.world * kLineBytes) + source * w_.stride;
+    return w_.base[owner] + kLines + (parity() * int64_t{w_.world} + source) * kLineBytes;
   }
   // R12: never 0, and different in calls that use the same half.
   __device__ uint32_t flag() const { return 1 + static_cast<uint32_t>(generation_ % 0xffffffffu); }

@@ -13,9 +13,6 @@
 //   tile words    [parity][phase][source][tile] generation
 //   lines         [parity][source] flag-in-data: 8-byte units of 4 bytes of data and 4 of flag
 //   slots         [parity][phase][source] payload
-//
-// In the halves of lines and slots, the sources' areas lie as close to each other as the payload of
-// a call allows (Workspace::stride).
 #pragma once
 
 #include <cstddef>
@@ -58,21 +55,11 @@ struct Workspace {
   char* base[kMaxRanks];  // every rank's memory, as this rank maps it
   int rank, world;
   int64_t slots_offset;
-  int64_t slot_bytes;  // at most
-  // From one source's area to the next, in this call. As little as possible: each rank touches
-  // areas of every rank, and what lies in few pages misses few address translations.
-  int64_t stride;
+  int64_t slot_bytes;
   uint64_t timeout_ns;
   // In host memory: set when the host or a rank on the CPU has failed. Read only by slow waits.
   const uint32_t* host_failed;
   GpuReport* report;  // this rank's, in host memory too
-
-  // For a call that stores up to `bytes` in an area. Equal on all ranks, as sizes are (R4).
-  Workspace with_areas_of(int64_t bytes) const {
-    Workspace workspace = *this;
-    workspace.stride = round_up(bytes, 128);
-    return workspace;
-  }
 };
 
 // What a kernel announces of its call.

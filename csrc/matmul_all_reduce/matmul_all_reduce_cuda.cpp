@@ -72,7 +72,8 @@ std::pair<at::Tensor, at::Tensor> summed_product(const at::Tensor& x, const at::
   const Workspace& workspace = call.gpu().workspace();
   const int64_t bytes = m * n * static_cast<int64_t>(size_of(dtype));
   const bool two_shot = call.world() > 2 && bytes > call.gpu().thresholds.one_shot;
-  const bool fused = dtype != DType::float32 && m > 0 && n > 0 && m <= call.gpu().fused_rows &&
+  const bool fused = dtype != DType::float32 && m > 0 && n > 0 &&
+                     m >= call.gpu().fused_rows.fewest && m <= call.gpu().fused_rows.most &&
                      matmul_all_reduce_fits(workspace, m, n);
   TORCH_CHECK_VALUE(x.size(1) > 0, "x has 0 columns; every rank needs a part of K");
 

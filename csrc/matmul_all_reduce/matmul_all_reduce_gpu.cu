@@ -14,9 +14,8 @@ bool matmul_all_reduce_fits(const Workspace& workspace, int64_t m, int64_t n) {
 void matmul_all_reduce(const CallSite& site, const MatmulAllReduceArgs& a) {
   const auto run = [&]<class T>() {
     const int64_t tiles = divide_up(a.matmul.n, kTileColumns);
-    const TileSlots slots = {site.workspace.with_areas_of(tiles * a.matmul.m * kTileUnits * 16),
-                             static_cast<int>(a.matmul.m), static_cast<int>(a.matmul.n),
-                             a.two_shot};
+    const TileSlots slots = {site.workspace, static_cast<int>(a.matmul.m),
+                             static_cast<int>(a.matmul.n), a.two_shot};
     const Announcement announcement(site.descriptor);
     MatmulLaunch<T, SendTiles<T>>(a.matmul, {slots, announcement}, site.stream).run();
     const ReduceTiles<T> reduce = {slots,

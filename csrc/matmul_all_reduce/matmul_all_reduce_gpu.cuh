@@ -175,17 +175,15 @@ class TileReducer {
   }
 
   __device__ uint4 add(int tile) const {
-    uint4 unit[kWorld];
-#pragma unroll
-    for (int s = 0; s < kWorld; ++s) {
-      if (s < world_) unit[s] = __ldcg(a_.slots.place(exchange_, rank_, 0, s, tile, row_, unit_));
-    }
+    UnitSum<T, kWorld> sum;
+    sum.load(world_,
+             [&](int s) { return a_.slots.place(exchange_, rank_, 0, s, tile, row_, unit_); });
     const int64_t at = unit_in_row(tile);
     uint4 addend[2] = {};
     if (a_.bias) addend[0] = Units<const T>(a_.bias, a_.slots.n).load(at);
     if (a_.residual) addend[1] = row_of(a_.residual).load(at);
-    const uint4 total = sum_units<T>(unit, world_, a_.bias ? &addend[0] : nullptr,
-                                     a_.residual ? &addend[1] : nullptr);
+    const uint4 total =
+        sum.total(world_, a_.bias ? &addend[0] : nullptr, a_.residual ? &addend[1] : nullptr);
     row_of(a_.out).store(at, total);
     for (int p = 0; a_.slots.two_shot && p < world_; ++p) {
       if (p != rank_) *a_.slots.place(exchange_, p, 1, rank_, tile, row_, unit_) = total;

@@ -15,8 +15,7 @@ void reduce_scatter(const CallSite& site, bool by_lines, DType dtype, const void
     const int64_t bytes = n * static_cast<int64_t>(sizeof(T));
     with_world(site.workspace.world, [&]<int kWorld>() {
       launch(by_lines ? reduce_scatter_by_lines<T, kWorld> : reduce_scatter_in_bulk<T, kWorld>,
-             by_lines ? line_grid(bytes, site) : bulk_grid(bytes, site),
-             site.workspace.with_areas_of(by_lines ? (bytes + 7) / 8 * 16 : (bytes + 15) / 16 * 16),
+             by_lines ? line_grid(bytes, site) : bulk_grid(bytes, site), site.workspace,
              Announcement(site.descriptor), static_cast<const T*>(x), stride, static_cast<T*>(out),
              n);
     });

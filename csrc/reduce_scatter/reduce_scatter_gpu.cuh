@@ -9,7 +9,7 @@ namespace commfuse::gpu {
 
 // Chunk d begins at x + d * stride; n elements of each take part.
 template <class T, int kWorld>
-__global__ void __launch_bounds__(kLineThreads)
+__global__ void __launch_bounds__(1024)
     reduce_scatter_by_lines(const __grid_constant__ Workspace workspace,
                             const __grid_constant__ Announcement announcement, const T* x,
                             int64_t stride, T* out, int64_t n) {
@@ -22,30 +22,22 @@ __global__ void __launch_bounds__(kLineThreads)
   const int64_t step = gridDim.x * int64_t{blockDim.x};
   const auto chunk = [&](int d) { return Row<const T>(x + d * stride, n); };
 
-  // All loads before the first store: the compiler moves none across it.
-  uint2 mine = {0, 0};
   for (int64_t i = first; i < packs; i += step) {
-    uint2 pack[kWorld];
-#pragma unroll
-    for (int d = 0; d < kWorld; ++d) {
-      if (d < world) pack[d] = chunk(d).load(i);
-    }
 #pragma unroll
     for (int d = 0; d < kWorld; ++d) {
       if (d < world && d != rank) {
-        put_line(exchange.lines(d, rank) + i * kLineStride, pack[d], exchange.flag());
+        put_line(exchange.lines(d, rank) + i * kLineStride, chunk(d).load(i), exchange.flag());
       }
-      if (d == rank && i == first) mine = pack[d];
     }
   }
   if (blockIdx.x == 0) exchange.announce_with_word(announcement);
   for (int64_t i = first; i < packs; i += step) {
-    const uint2 own = i == first ? mine : chunk(rank).load(i);
+    const uint2 own = chunk(rank).load(i);
     Line lines[kWorld];
     if (!take_from_peers<kWorld>(
             exchange, 0, [&](int s) { return exchange.lines(rank, s) + i * kLineStride; }, lines))
       return;
-    Floats<T> sum = sum_of<T, kWorld>(exchange, lines, own);
+    Floats<T> sum = sum_of<T>(exchange, lines, own);
     Row<T>(out, n).store(i, sum.pack());
   }
   if (blockIdx.x == 0 && !exchange.await_words(announcement.tag)) return;
@@ -53,7 +45,7 @@ __global__ void __launch_bounds__(kLineThreads)
 }
 
 template <class T, int kWorld>
-__global__ void __launch_bounds__(kBulkThreads, 2)
+__global__ void __launch_bounds__(512)
     reduce_scatter_in_bulk(const __grid_constant__ Workspace workspace,
                            const __grid_constant__ Announcement announcement, const T* x,
                            int64_t stride, T* out, int64_t n) {
@@ -67,22 +59,24 @@ __global__ void __launch_bounds__(kBulkThreads, 2)
   const int64_t stretch = (units + gridDim.x - 1) / gridDim.x;
   const int64_t begin = blockIdx.x * stretch + threadIdx.x;
   const int64_t end = min(units, (blockIdx.x + 1) * stretch);
-  const auto chunk = [&](int d) { return Units<const T>(x + d * stride, n); };
-  const auto place = [&](int owner, int source) {
-    return reinterpret_cast<uint4*>(exchange.slot(owner, 0, source));
-  };
-  move_units<kWorld>(
-      begin, end, world, rank, [&](int d, int64_t j) { return chunk(d).load(j); },
-      [&](int d, int64_t j, uint4 unit) { place(d, rank)[j] = unit; });
+#pragma unroll
+  for (int i = 0; i < kWorld; ++i) {
+    if (i >= world) break;
+    const int d = (rank + i) % world;
+    const Units<const T> from(x + d * stride, n);
+    uint4* slot = reinterpret_cast<uint4*>(exchange.slot(d, 0, rank));
+#pragma unroll 4
+    for (int64_t j = begin; j < end; j += blockDim.x) slot[j] = from.load(j);
+  }
   exchange.publish(0, announcement.tag);
   if (!exchange.await(0, announcement.tag)) return;
-  add_units<T, kWorld>(
-      begin, end, world,
-      [&](int s, int64_t j) {
-        return s == rank ? chunk(rank).load(j) : __ldcg(place(rank, s) + j);
-      },
-      false, [](int64_t) { return uint4{}; },
-      [&](int64_t j, uint4 total) { Units<T>(out, n).store(j, total); });
+#pragma unroll 2
+  for (int64_t j = begin; j < end; j += blockDim.x) {
+    UnitSum<T, kWorld> sum;
+    sum.load(world,
+             [&](int s) { return reinterpret_cast<const uint4*>(exchange.slot(rank, 0, s)) + j; });
+    Units<T>(out, n).store(j, sum.total(world));
+  }
   exchange.finish();
 }
 

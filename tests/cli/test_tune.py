@@ -2,7 +2,7 @@
 
 import pytest
 
-from commfuse.bench.tune import most_rows, thresholds
+from commfuse.bench.tune import fused_rows, thresholds
 from commfuse.cli.tune import tune
 from commfuse.errors import UsageError
 
@@ -33,11 +33,16 @@ def test_thresholds_lose_least_against_the_fastest_way(measured, chosen):
     assert thresholds(measured) == chosen
 
 
-def test_rows_are_fused_as_long_as_that_is_faster():
+def test_rows_are_fused_where_that_is_faster():
     unfused = {1: 10.0, 8: 10.0, 32: 10.0, 64: 10.0}
-    for fused, most in (((9, 9, 9, 11), 32), ((11, 11, 11, 11), 0), ((9, 10.1, 9, 9), 64)):
+    for fused, span in (
+        ((9, 9, 9, 11), (1, 32)),
+        ((11, 11, 11, 11), (1, 0)),
+        ((9, 10.1, 9, 9), (1, 64)),
+        ((11, 9, 9, 9), (8, 64)),
+    ):
         measured = dict(zip(unfused, map(float, fused), strict=True))
-        assert most_rows({"fused": measured, "unfused": unfused}) == most
+        assert fused_rows({"fused": measured, "unfused": unfused}) == span
 
 
 @pytest.mark.parametrize(

@@ -49,9 +49,12 @@ def test_the_users_own_table_comes_first(cache):
         "[]",
         '{"tables": {}}',
         '{"tables": {"2": {"one_shot_bytes": 1}}}',
-        '{"tables": {"2": {"one_shot_bytes": 9, "lines_bytes": 8, "fused_rows": 64}}}',
-        '{"tables": {"2": {"one_shot_bytes": -1, "lines_bytes": 8, "fused_rows": 64}}}',
-        '{"tables": {"2": {"one_shot_bytes": "1", "lines_bytes": 8, "fused_rows": 64}}}',
+        '{"tables": {"2": {"one_shot_bytes": 9, "lines_bytes": 8, "fused_from_rows": 1, '
+        '"fused_to_rows": 64}}}',
+        '{"tables": {"2": {"one_shot_bytes": -1, "lines_bytes": 8, "fused_from_rows": 1, '
+        '"fused_to_rows": 64}}}',
+        '{"tables": {"2": {"one_shot_bytes": "1", "lines_bytes": 8, "fused_from_rows": 1, '
+        '"fused_to_rows": 64}}}',
     ],
 )
 def test_a_table_that_cannot_be_used_is_named(content, cache):

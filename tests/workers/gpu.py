@@ -26,6 +26,8 @@ from commfuse.testing.gpu_cases import gpu_cases_of
 from commfuse.testing.numerics import digest
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Rows for which matmul_all_reduce sends tiles while it computes: set here, not by the GPU's table.
+FUSED, UNFUSED = (1, 64), (1, 0)
 ON_GPU = (
     "all_reduce",
     "all_reduce_rms_norm",
@@ -155,8 +157,12 @@ def corridor(comm, triton_dtypes) -> Found:
             adapter.share(results, comm.rank)
             for results in (adapter.composition(inputs), adapter.reference(inputs))
         )
-        for backend in backends_of(case.op, dtype, in_turn(triton_dtypes, comm, number, 5)):
-            label = f"{case.op} {case} {dtype} {backend}"
+        backends = backends_of(case.op, dtype, in_turn(triton_dtypes, comm, number, 5))
+        for backend, rows in itertools.product(backends, (FUSED, UNFUSED)):
+            if rows == UNFUSED and (backend, case.op) != ("cuda", "matmul_all_reduce"):
+                continue
+            comm._native.set_fused_rows(*rows)
+            label = f"{case.op} {case} {dtype} {backend}, fused rows {rows}"
             try:
                 out = adapter.call(adapter.prepare(inputs[comm.rank], backend), comm, backend)
             except BackendUnavailable as error:
@@ -558,6 +564,7 @@ def _run(checks, triton_dtypes, **options) -> dict[str, Found]:
             begin = time.monotonic()
             try:
                 with communicator(**options) as comm:
+                    comm._native.set_fused_rows(*FUSED)
                     found[check.__name__] = check(comm, triton_dtypes)
             except Exception:
                 found[check.__name__] = [traceback.format_exc()]

@@ -29,7 +29,9 @@ class Table:
         one_shot_bytes: the largest message of an all-reduce that goes in one shot, its flags among
             the data.
         lines_bytes: the largest that goes in two shots with flags among the data; above, in bulk.
-        fused_rows: the most rows for which ``matmul_all_reduce`` is one kernel.
+        fused_from_rows: the fewest rows for which ``matmul_all_reduce`` sends tiles while it
+            computes.
+        fused_to_rows: the most; below ``fused_from_rows``: never.
 
     Raises:
         UsageError: a value is negative or no integer, or ``lines_bytes`` is below
@@ -38,7 +40,8 @@ class Table:
 
     one_shot_bytes: int = 64 << 10
     lines_bytes: int = 1 << 20
-    fused_rows: int = 64
+    fused_from_rows: int = 1
+    fused_to_rows: int = 64
 
     def __post_init__(self):
         for field in fields(self):
