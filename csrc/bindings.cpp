@@ -11,7 +11,8 @@
 #include "runtime/segment.h"
 #include "vocab_parallel_argmax/winner.h"
 #ifdef COMMFUSE_WITH_CUDA
-#include "gpu/attachment.h"
+#include "all_reduce/all_reduce_cuda.h"
+#include "matmul_all_reduce/matmul_all_reduce_cuda.h"
 #include "runtime/gpu_links.h"
 #endif
 
@@ -173,6 +174,27 @@ PYBIND11_MODULE(_C, m) {
             attachment(c).thresholds = {one_shot_bytes, lines_bytes};
           },
           py::arg("one_shot_bytes"), py::arg("lines_bytes"))
+      .def(
+          "all_reduce_algorithm",
+          [](const Communicator& c, int64_t bytes) {
+            switch (gpu::all_reduce_algorithm(attachment(c), bytes)) {
+              case gpu::AllReduce::one_shot:
+                return "one_shot";
+              case gpu::AllReduce::two_shot:
+                return "two_shot";
+              case gpu::AllReduce::bulk:
+                break;
+            }
+            return "bulk";
+          },
+          py::arg("bytes"))
+      .def(
+          "sends_tiles",
+          [](const Communicator& c, bool is_float32, int64_t m, int64_t n) {
+            return gpu::sends_tiles(attachment(c), is_float32 ? DType::float32 : DType::bfloat16, m,
+                                    n);
+          },
+          py::arg("is_float32"), py::arg("m"), py::arg("n"))
       .def(
           "set_fused_rows",
           [](const Communicator& c, int64_t fewest, int64_t most) {

@@ -5,7 +5,7 @@
 
 #include "all_reduce_rms_norm/all_reduce_rms_norm_cuda.h"
 #include "matmul/matmul_cuda.h"
-#include "matmul_all_reduce/matmul_all_reduce_gpu.h"
+#include "matmul_all_reduce/matmul_all_reduce_cuda.h"
 
 namespace commfuse::gpu {
 namespace {
@@ -64,17 +64,13 @@ std::pair<at::Tensor, at::Tensor> summed_product(const at::Tensor& x, const at::
   if (tail.bias) check_matches(*tail.bias, x, {n}, "bias");
   if (tail.residual) check_matches(*tail.residual, x, {m, n}, "residual");
   if (tail.norm_weight) check_matches(*tail.norm_weight, x, {n}, "norm_weight");
-  // K is not part of what ranks must agree on, nor may the choice depend on it: heads may be cut
-  // unevenly.
+  // K is not part of what ranks must agree on: heads may be cut unevenly.
   const uint32_t variant =
       (tail.bias ? 1u : 0u) | (tail.residual ? 2u : 0u) | (tail.norm_weight ? 4u : 0u);
   const Descriptor descriptor = describe(Op::matmul_all_reduce, dtype, {m, n}, variant);
-  const Workspace& workspace = call.gpu().workspace();
   const int64_t bytes = m * n * static_cast<int64_t>(size_of(dtype));
   const bool two_shot = call.world() > 2 && bytes > call.gpu().thresholds.one_shot;
-  const bool fused = dtype != DType::float32 && m > 0 && n > 0 &&
-                     m >= call.gpu().fused_rows.fewest && m <= call.gpu().fused_rows.most &&
-                     matmul_all_reduce_fits(workspace, m, n);
+  const bool fused = sends_tiles(call.gpu(), dtype, m, n);
   TORCH_CHECK_VALUE(x.size(1) > 0, "x has 0 columns; every rank needs a part of K");
 
   std::pair<at::Tensor, at::Tensor> result;

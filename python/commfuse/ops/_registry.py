@@ -45,12 +45,15 @@ class Backend:
         run: the implementation, called with the op's own arguments.
         obstacle: why it cannot serve a query, or None if it can.
         automatic: whether ``auto`` may choose it.
+        way: where the implementation chooses among algorithms by the shape: which one it takes for
+            a query with a shape on a communicator, and why, in words.
     """
 
     name: str
     run: Callable[..., Any]
     obstacle: Callable[[Communicator | None, Query], str | None]
     automatic: bool = True
+    way: Callable[[Communicator, Query], str] | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,8 @@ class Op:
             else:
                 chosen = candidate.name
                 reasons[candidate.name] = "chosen"
+                if candidate.way and query.shape is not None and comm.world_size > 1:
+                    reasons[candidate.name] += f": {candidate.way(comm, query)}"
         return Explanation(self.name, chosen, reasons)
 
     def select(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from commfuse.ops._cuda_ways import all_reduce_way
 from commfuse.ops._registry import (
     Backend,
     Op,
@@ -51,7 +52,7 @@ OP = Op(
     "all_reduce",
     (
         Backend("cpu", _native, cpu_obstacle),
-        Backend("cuda", _native, cuda_obstacle),
+        Backend("cuda", _native, cuda_obstacle, way=all_reduce_way),
         Backend("triton", all_reduce_triton, triton_obstacle, automatic=False),
         Backend("torch", _torch, torch_obstacle),
     ),

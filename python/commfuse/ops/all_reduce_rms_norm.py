@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from commfuse.ops._cuda_ways import all_reduce_rms_norm_way
 from commfuse.ops._registry import (
     Backend,
     Op,
@@ -56,7 +57,7 @@ OP = Op(
     "all_reduce_rms_norm",
     (
         Backend("cpu", _native, cpu_obstacle),
-        Backend("cuda", _native, cuda_obstacle),
+        Backend("cuda", _native, cuda_obstacle, way=all_reduce_rms_norm_way),
         Backend("triton", all_reduce_rms_norm_triton, triton_obstacle, automatic=False),
         Backend("torch", _torch, torch_obstacle),
     ),

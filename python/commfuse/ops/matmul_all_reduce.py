@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from commfuse.ops._cuda_ways import matmul_all_reduce_way
 from commfuse.ops._registry import (
     Backend,
     Op,
@@ -88,7 +89,7 @@ OP = Op(
     "matmul_all_reduce",
     (
         Backend("cpu", _cpu, cpu_obstacle),
-        Backend("cuda", _cuda, cuda_obstacle),
+        Backend("cuda", _cuda, cuda_obstacle, way=matmul_all_reduce_way),
         Backend("triton", matmul_all_reduce_triton, triton_obstacle, automatic=False),
         Backend("torch", _torch, torch_obstacle),
     ),
