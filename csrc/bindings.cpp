@@ -9,7 +9,7 @@
 #include "runtime/communicator.h"
 #include "runtime/huge_memory.h"
 #include "runtime/segment.h"
-#include "vocab_parallel_argmax/winner.h"
+#include "vocab_parallel_sample/sample.h"
 #ifdef COMMFUSE_WITH_CUDA
 #include "gpu/attachment.h"
 #include "runtime/gpu_links.h"
