@@ -168,7 +168,7 @@ def _read_rates(comm, native) -> list[float]:
 
 
 def _generate(generator, task: Task, new_tokens: int | None = None) -> dict:
-    outputs, done = generator.generate(
+    outputs, done, _ = generator.generate(
         [task.prompt],
         new_tokens or task.new_tokens,
         stop_ids=task.stop_ids,

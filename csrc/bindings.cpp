@@ -9,7 +9,7 @@
 #include "runtime/communicator.h"
 #include "runtime/huge_memory.h"
 #include "runtime/segment.h"
-#include "vocab_parallel_argmax/winner.h"
+#include "vocab_parallel_sample/sample.h"
 #ifdef COMMFUSE_WITH_CUDA
 #include "all_reduce/all_reduce_cuda.h"
 #include "matmul_all_reduce/matmul_all_reduce_cuda.h"

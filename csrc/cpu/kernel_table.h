@@ -12,6 +12,9 @@ constexpr int64_t kLanes = 16;
 constexpr int64_t kPanelVecs = 4;
 constexpr int64_t kPanelColumns = kLanes * kPanelVecs;
 
+// Tokens that share one draw of noise; shards of a vocabulary are cut at multiples of it.
+constexpr int64_t kSampleBlock = 128;
+
 constexpr int64_t packed_k(DType dtype, int64_t k) {
   return dtype == DType::bfloat16 ? round_up(k, 2) : k;
 }
@@ -82,6 +85,15 @@ struct KernelTable {
                           int64_t kv_head, float* scratch, void* out);
   // The largest of n values and its lowest index; NaN (index of the first) if there is one.
   void (*argmax)(DType, const void* values, int64_t n, float* score, int64_t* index);
+  // Of each block of kSampleBlock logits, the last may be shorter: its largest, or NaN if there is
+  // one, and the sum of e^((x - largest) * scale) over all x >= bound. bound is finite.
+  void (*block_sums)(DType, const void* values, int64_t n, float scale, float bound, float* maxima,
+                     float* sums);
+  // The n values of a block in float32, followed by -inf.
+  void (*widen_sample_block)(DType, const void* values, int64_t n, float* out);
+  // e^((x - largest) * scale) where x >= bound, 0 elsewhere, for the kSampleBlock values of a
+  // block.
+  void (*block_weights)(const float* x, float largest, float scale, float bound, float* out);
   // Reads memory and does nothing else: the bandwidth that a GEMM could reach.
   float (*read_memory)(const void* data, size_t bytes);
 };

@@ -98,6 +98,12 @@ inline int first_lane_equal(Vec a, float value) {
   return equal ? __builtin_ctz(equal) : -1;
 }
 
+inline Vec where_at_least(Vec a, float bound, Vec value) {
+  const __m256 least = _mm256_set1_ps(bound);
+  return {_mm256_and_ps(_mm256_cmp_ps(a.lo, least, _CMP_GE_OQ), value.lo),
+          _mm256_and_ps(_mm256_cmp_ps(a.hi, least, _CMP_GE_OQ), value.hi)};
+}
+
 inline float sum(Vec a) {
   const __m256 eight = _mm256_add_ps(a.lo, a.hi);
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));

@@ -85,6 +85,10 @@ inline int first_lane_equal(Vec a, float value) {
   return equal ? __builtin_ctz(equal) : -1;
 }
 
+inline Vec where_at_least(Vec a, float bound, Vec value) {
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, _mm512_set1_ps(bound), _CMP_GE_OQ), value.v)};
+}
+
 inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 inline float maximum(Vec a) { return _mm512_reduce_max_ps(a.v); }
 

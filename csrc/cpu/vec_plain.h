@@ -149,6 +149,11 @@ inline int first_lane_equal(Vec a, float value) {
   return -1;
 }
 
+// The lanes of value where a >= bound, and zero elsewhere, also where a is NaN.
+inline Vec where_at_least(Vec a, float bound, Vec value) {
+  return each([&](int i) { return a.v[i] >= bound ? value.v[i] : 0.0f; });
+}
+
 inline float sum(Vec a) {
   for (int width = kLanes / 2; width > 0; width /= 2)
     for (int i = 0; i < width; ++i) a.v[i] += a.v[i + width];

@@ -24,6 +24,8 @@ const char* name_of(Op op) {
       return "reduce_scatter";
     case Op::all_gather:
       return "all_gather";
+    case Op::vocab_parallel_sample:
+      return "vocab_parallel_sample";
   }
   return "unknown";
 }

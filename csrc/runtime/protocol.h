@@ -26,6 +26,7 @@ enum class Op : uint16_t {
   verify_chain,
   reduce_scatter,
   all_gather,
+  vocab_parallel_sample,
 };
 
 const char* name_of(Op op);

@@ -62,6 +62,10 @@ def arguments(name: str, dtype: torch.dtype, handle: int) -> list[tuple]:
     positions = torch.arange(3)
     norm = torch.randn(16).to(dtype)
     logits = torch.randn(5, 33).to(dtype)
+
+    def options(batch):
+        return ops.Sampling.of(batch, temperature=0.7, top_k=9, top_p=0.9).tensors
+
     return {
         "pack_weight": [(OPS.pack_weight.default, (w,))],
         "matmul": [
@@ -92,7 +96,14 @@ def arguments(name: str, dtype: torch.dtype, handle: int) -> list[tuple]:
         "vocab_parallel_argmax": [(OPS.vocab_parallel_argmax.default, (logits, 7, handle))],
         "verify_chain": [
             (OPS.verify_chain.default,
-             (logits, torch.tensor([[1, 2], [3, -1]]), torch.tensor([2, 1]), 0, handle))
+             (logits, torch.tensor([[1, 2], [3, -1]]), torch.tensor([2, 1]), q, *options(2),
+              torch.tensor([5, 9]), logs, 0, handle))
+            for q, logs in ((None, False), (torch.full((3, 33), 1 / 33), True))
+        ],
+        "vocab_parallel_sample": [
+            (OPS.vocab_parallel_sample.default,
+             (logits, *options(5), torch.arange(5), draft, draft, 0, handle))
+            for draft in (False, True)
         ],
         "embedding_shard": [
             (OPS.embedding_shard.default, (tokens, packed.data, 17, 5, 0)),
@@ -207,6 +218,12 @@ def one(*shape, **options):
     return torch.ones(*shape, **options)
 
 
+def verify(comm, logits, drafts, lengths, sampling=None, begin=0, **options):
+    sampling = sampling or ops.Sampling.of(len(drafts), temperature=1.0)
+    positions = torch.zeros(len(drafts), dtype=torch.int64)
+    return ops.verify_chain(logits, drafts, lengths, sampling, positions, begin, comm, **options)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -232,10 +249,22 @@ def one(*shape, **options):
                                          residual=one(2, 3)), "residual has shape"),
         (lambda c: ops.matmul_all_reduce(one(2, 3), ops.pack_weight(one(4, 3)), c,
                                          norm_weight=one(3)), "norm_weight has shape"),
-        (lambda c: ops.verify_chain(one(2, 8), one(1, 2).long(), one(1).long() * 3, 0, c),
+        (lambda c: verify(c, one(2, 8), one(1, 2).long(), one(1).long() * 3),
          r"draft_lengths\[0\] is 3, not in 0..2"),
-        (lambda c: ops.verify_chain(one(2, 8), one(1, 2).long(), one(1).long() * 2, 0, c),
+        (lambda c: verify(c, one(2, 8), one(1, 2).long(), one(1).long() * 2),
          "logits has 2 rows, not 3"),
+        (lambda c: verify(c, one(3, 8), one(1, 2).long(), one(1).long() * 2,
+                          draft_probabilities=one(3, 8)),
+         r"draft_probabilities is not a contiguous float32 \[2, 8\]"),
+        (lambda c: verify(c, one(3, 8), one(1, 2).long(), one(1).long() * 2, begin=64),
+         "vocab_begin is 64: shards must be cut at multiples of 128"),
+        (lambda c: verify(c, one(3, 8), one(1, 2).long(), one(1).long() * 2,
+                          sampling=ops.Sampling.of(2)), r"temperature is not a contiguous Double"),
+        (lambda c: ops.Sampling.of(2, temperature=[1.0, -1.0]), "request 1: temperature is -1"),
+        (lambda c: ops.Sampling.of(2, temperature=float("nan")), "request 0: temperature is nan"),
+        (lambda c: ops.Sampling.of(2, top_k=-1), "request 0: top_k is -1; use 0 for all"),
+        (lambda c: ops.Sampling.of(2, top_p=0), "request 0: top_p is 0; use more than 0"),
+        (lambda c: ops.Sampling.of(2, seed=[1]), "seed has 1 values for 2 requests"),
     ],
 )  # fmt: skip
 def test_shapes_and_dtypes_that_do_not_fit(call, message, comm):

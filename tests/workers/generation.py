@@ -26,12 +26,12 @@ def run(path: str, prompts: list[list[int]], new_tokens: int, alone: dict, ends:
         generator = Generator(model)
         results = {}
         pieces: list[list[int]] = [[] for _ in prompts]
-        results["batch"], plain = generator.generate(
+        results["batch"], plain, _ = generator.generate(
             prompts, new_tokens, on_tokens=lambda index, tokens: pieces[index].extend(tokens)
         )
         results["streamed"] = pieces
         for length in (5, 3):
-            results[f"draft {length}"], drafted = generator.generate(
+            results[f"draft {length}"], drafted, _ = generator.generate(
                 prompts, new_tokens, draft_length=length
             )
         for draft_length, indices in alone.items():
@@ -46,7 +46,7 @@ def run(path: str, prompts: list[list[int]], new_tokens: int, alone: dict, ends:
             replace(model.config, max_position_embeddings=ends["context"]),
         )
         for draft_length in (None, 5):
-            results[f"ends {draft_length}"], _ = generator.generate(
+            results[f"ends {draft_length}"], *_ = generator.generate(
                 prompts, new_tokens, stop_ids=ends["stop_ids"], draft_length=draft_length
             )
         model.config = full

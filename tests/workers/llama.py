@@ -38,9 +38,9 @@ def run(paths: list[str], prompts: list[list[int]], new_tokens: int, dtypes: lis
                 with open_checkpoint(Path(path)) as checkpoint:
                     model = Llama(checkpoint, comm, getattr(torch, name))
                 generator = Generator(model)
-                batch, _ = generator.generate(prompts, new_tokens)
+                batch, *_ = generator.generate(prompts, new_tokens)
                 alone = [generator.generate([p], new_tokens)[0][0] for p in prompts]
-                drafted, statistics = generator.generate(prompts, new_tokens, draft_length=3)
+                drafted, statistics, _ = generator.generate(prompts, new_tokens, draft_length=3)
                 results[path, name] = {
                     "logits": _logits(model, prompts).numpy(),
                     "batch": batch,

@@ -10,6 +10,10 @@ from commfuse.runtime.communicator import Communicator
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
+def greedy(batch: int) -> tuple[ops.Sampling, torch.Tensor]:
+    return ops.Sampling.of(batch), torch.zeros(batch, dtype=torch.int64)
+
+
 def _shard(logits: torch.Tensor, comm: Communicator) -> tuple[torch.Tensor, int]:
     span = shard_vocabulary(logits.shape[1], comm.world_size, comm.rank)
     return logits[:, span.begin : span.end].contiguous(), span.begin
@@ -86,7 +90,9 @@ def _chains(comm, dtype, backend) -> list[str]:
                 drafts[b, i] = (winners[row + i] + (i >= right)) % size
             row += length + 1
         shard, begin = _shard(logits, comm)
-        tokens, accepted = ops.verify_chain(shard, drafts, lengths, begin, comm, backend)
+        tokens, accepted, _ = ops.verify_chain(
+            shard, drafts, lengths, *greedy(batch), begin, comm, backend=backend
+        )
         got = (tokens.tolist(), accepted.tolist())
         if got != _verified(winners, drafts.tolist(), lengths.tolist()):
             failures.append(f"verify_chain {backend} {dtype} seed {seed}: {got}")
@@ -123,7 +129,22 @@ def impossible_rows() -> dict[str, tuple[str, str]]:
             return ops.vocab_parallel_argmax(shard, begin, comm, backend)
 
         def verify_chain(shard, begin, backend):
-            return ops.verify_chain(shard, drafts, lengths, begin, comm, backend)
+            return ops.verify_chain(
+                shard, drafts, lengths, *greedy(1), begin, comm, backend=backend
+            )
+
+        def sampled(shard, begin, backend):
+            options = {"temperature": [1.0, 0.7, 1.0], "top_k": [0, 7, 0], "top_p": [1, 0.9, 1]}
+            return ops.vocab_parallel_sample(
+                shard, ops.Sampling.of(3, **options), torch.arange(3), begin, comm, backend=backend
+            )
+
+        def residual(shard, begin, backend):
+            q = torch.full((2, shard.shape[1]), 1 / 300)
+            return ops.verify_chain(
+                shard, drafts, lengths, ops.Sampling.of(1, temperature=1.0), torch.tensor([7]),
+                begin, comm, draft_probabilities=q, backend=backend,
+            )  # fmt: skip
 
         for backend in ("cpu", "torch"):
             for value in (torch.nan, torch.inf, -torch.inf):
@@ -131,7 +152,7 @@ def impossible_rows() -> dict[str, tuple[str, str]]:
                 logits[1] = -torch.inf
                 # In the last of the shards alone, and in the tail of a vector.
                 logits[1, 299] = value
-                for call in (argmax, verify_chain):
+                for call in (argmax, verify_chain, sampled, residual):
                     name = f"{backend} {call.__name__} {value}"
                     try:
                         call(*_shard(logits, comm), backend)

@@ -29,6 +29,8 @@ class _Options:
     tp: int
     max_new_tokens: int
     draft_length: int | None
+    sampling: dict[str, list]
+    logprobs: bool
     dtype: str | None
     links: dict[str, Link]
     backend: str
@@ -50,7 +52,27 @@ def generate(
         int | None, typer.Option(help="Ranks that split each layer. [default: 1]")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="The most tokens to generate.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0: the most probable token.")] = 0.0,
+    temperature: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="0: the most probable token. One for all prompts, or one each. [default: 0]"
+        ),
+    ] = None,
+    top_k: Annotated[
+        list[int] | None,
+        typer.Option(help="Draw among the K largest logits; 0: all; also one each. [default: 0]"),
+    ] = None,
+    top_p: Annotated[
+        list[float] | None,
+        typer.Option(help="Draw among the most probable tokens that have P together. [default: 1]"),
+    ] = None,
+    seed: Annotated[
+        list[int] | None,
+        typer.Option(help="Of what is drawn; given once, prompt i has SEED + i. [default: 0]"),
+    ] = None,
+    logprobs: Annotated[
+        bool, typer.Option("--logprobs", help="With --json: the tokens' log-probabilities too.")
+    ] = False,
     speculate: Annotated[
         str, typer.Option(help="off, ngram or ngram:K (at most K draft tokens a step).")
     ] = "off",
@@ -82,10 +104,8 @@ def generate(
 
     Under torchrun it runs on torchrun's ranks instead.
     """
-    if temperature != 0:
-        raise UsageError(
-            f"--temperature {temperature:g}: only greedy decoding is available; use --temperature 0"
-        )
+    if logprobs and not as_json:
+        raise UsageError("--logprobs: they are part of what --json prints; add --json")
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype}: use {', '.join(DTYPES)}")
     if backend not in BACKENDS:
@@ -105,6 +125,8 @@ def generate(
         tp=ranks,
         max_new_tokens=max_new_tokens,
         draft_length=parse_drafter(speculate),
+        sampling=_sampling(len(prompt), temperature, top_k, top_p, seed),
+        logprobs=logprobs,
         dtype=dtype,
         links=parse_links(link or []),
         backend=backend,
@@ -117,6 +139,38 @@ def generate(
     else:
         _check_model(options)
         raise typer.Exit(run_again_as_ranks(ranks))
+
+
+def _sampling(
+    prompts: int,
+    temperature: list[float] | None,
+    top_k: list[int] | None,
+    top_p: list[float] | None,
+    seed: list[int] | None,
+) -> dict[str, list]:
+    """What :meth:`commfuse.ops.Sampling.of` takes besides the number of prompts.
+
+    Raises:
+        UsageError: an option is given more than once, but not once for each prompt.
+    """
+
+    def each(name: str, given: list | None, default: float) -> list:
+        values = given or [default]
+        if len(values) not in (1, prompts):
+            raise UsageError(
+                f"--{name} is given {len(values)} times for {prompts} prompts: once, or once each"
+            )
+        return values * prompts if len(values) == 1 else values
+
+    seeds = each("seed", seed, 0)
+    if len(seed or [0]) == 1:
+        seeds = [number + index for index, number in enumerate(seeds)]
+    return {
+        "temperature": each("temperature", temperature, 0.0),
+        "top_k": each("top-k", top_k, 0),
+        "top_p": each("top-p", top_p, 1.0),
+        "seed": seeds,
+    }
 
 
 def _from_plan(path: Path, tp: int | None, speculate: str) -> tuple[int, str]:
@@ -183,6 +237,7 @@ def _generate(options: _Options, comm) -> None:
     from commfuse.generation.floors import measure_floors
     from commfuse.models.checkpoint import open_checkpoint
     from commfuse.models.llama import Llama
+    from commfuse.ops import Sampling
 
     with open_checkpoint(_model_path(options.model, options.as_json)) as checkpoint:
         tokenizer = checkpoint.tokenizer()
@@ -197,17 +252,19 @@ def _generate(options: _Options, comm) -> None:
     stop_ids = () if options.ignore_eos else model.config.eos_token_ids
     report = Report(comm, model, tokenizer, prompts, quiet=options.as_json or comm.rank > 0)
     with report:
-        outputs, statistics = generator.generate(
+        result = generator.generate(
             prompts,
             options.max_new_tokens,
             stop_ids=stop_ids,
             draft_length=options.draft_length,
+            sampling=Sampling.of(len(prompts), **options.sampling),
+            log_probabilities=options.logprobs,
             on_tokens=report.add,
         )
     floors = measure_floors(model) if options.floors else None
     if comm.rank > 0:
         return
     if options.as_json:
-        typer.echo(json.dumps(report.as_json(outputs, statistics, floors), ensure_ascii=False))
+        typer.echo(json.dumps(report.as_json(result, floors), ensure_ascii=False))
     else:
-        report.print_summary(statistics, floors)
+        report.print_summary(result.statistics, floors)

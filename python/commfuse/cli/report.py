@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from commfuse import ops
-from commfuse.generation import GenerationStatistics
+from commfuse.generation import Generation, GenerationStatistics
 from commfuse.generation.floors import Floors
 from commfuse.models.llama import Llama
 from commfuse.models.tokenizer import Tokenizer
@@ -21,7 +21,7 @@ USED_OPS = {
     "vocab_parallel_embedding": True,
     "transformer_blocks": True,
     "matmul": True,
-    "vocab_parallel_argmax": None,
+    "vocab_parallel_sample": None,
     "verify_chain": None,
 }
 
@@ -105,11 +105,11 @@ class Report:
 
     def as_json(
         self,
-        outputs: list[list[int]],
-        statistics: GenerationStatistics,
+        result: Generation,
         floors: Floors | None,
     ) -> dict:
         """``outputs`` and ``stats``, as documented in the README."""
+        statistics = result.statistics
         stats = {
             "tokens_per_second": statistics.tokens_per_second,
             "ttft_ms": statistics.ttft_seconds * 1e3,
@@ -126,17 +126,18 @@ class Report:
         }
         if floors is not None:
             stats["floors"] = asdict(floors)
-        return {
-            "outputs": [
-                {
-                    "text": self.tokenizer.decode(output),
-                    "token_ids": output,
-                    "prompt_tokens": len(prompt),
-                }
-                for prompt, output in zip(self.prompts, outputs, strict=True)
-            ],
-            "stats": stats,
-        }
+        outputs = [
+            {
+                "text": self.tokenizer.decode(output),
+                "token_ids": output,
+                "prompt_tokens": len(prompt),
+            }
+            for prompt, output in zip(self.prompts, result.outputs, strict=True)
+        ]
+        if result.log_probabilities is not None:
+            for output, logs in zip(outputs, result.log_probabilities, strict=True):
+                output["logprobs"] = logs
+        return {"outputs": outputs, "stats": stats}
 
     def print_summary(self, statistics: GenerationStatistics, floors: Floors | None) -> None:
         """The table below the text."""

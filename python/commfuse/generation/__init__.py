@@ -1,6 +1,6 @@
 """Text generation: prompts in, tokens out, with the statistics of every step."""
 
-from commfuse.generation.engine import Generator
+from commfuse.generation.engine import Generation, Generator
 from commfuse.generation.statistics import GenerationStatistics
 
-__all__ = ["GenerationStatistics", "Generator"]
+__all__ = ["Generation", "GenerationStatistics", "Generator"]

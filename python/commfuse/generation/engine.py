@@ -1,9 +1,10 @@
-"""Greedy generation for a ragged batch, with or without speculation."""
+"""Generation for a ragged batch, greedy or sampled, with or without speculation."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -12,10 +13,25 @@ from commfuse.errors import UsageError
 from commfuse.generation.statistics import GenerationStatistics, Stopwatch
 from commfuse.models.llama import Llama
 from commfuse.nn import KVCache
-from commfuse.ops import Placement
+from commfuse.ops import Placement, Sampling
 from commfuse.speculative import NGramDrafter
 
 PREFILL_ROWS = 512  # tokens of prompts in one forward pass
+
+
+class Generation(NamedTuple):
+    """The result of :meth:`Generator.generate`.
+
+    Attributes:
+        outputs: token ids of each prompt.
+        statistics: of this rank.
+        log_probabilities: of the output's tokens, natural logarithms under softmax(logits), before
+            temperature, top-k and top-p; None where they were not asked for.
+    """
+
+    outputs: list[list[int]]
+    statistics: GenerationStatistics
+    log_probabilities: list[list[float]] | None
 
 
 @dataclass
@@ -33,6 +49,7 @@ class _Request:
     limit: int
     drafter: NGramDrafter | None
     output: list[int] = field(default_factory=list)
+    log_probabilities: list[float] = field(default_factory=list)
     done: bool = False
 
     def draft(self) -> list[int]:
@@ -41,7 +58,9 @@ class _Request:
             return []
         return self.drafter.propose(self.limit - len(self.output) - 1)
 
-    def accept(self, tokens: Sequence[int], stop_ids: frozenset[int]) -> list[int]:
+    def accept(
+        self, tokens: Sequence[int], logs: Sequence[float], stop_ids: frozenset[int]
+    ) -> list[int]:
         """Takes tokens up to a stop token or the limit; returns those taken."""
         taken: list[int] = []
         for token in tokens:
@@ -51,6 +70,7 @@ class _Request:
                 break
         self.tokens += taken
         self.output += taken
+        self.log_probabilities += logs[: len(taken)]
         if self.drafter is not None:
             self.drafter.extend(taken)
         return taken
@@ -61,13 +81,15 @@ class Generator:
 
     All decisions are taken from numbers that are bitwise equal on all ranks, so that the ranks
     cannot diverge. A request's tokens do not depend on what else is in the batch, nor on
-    speculation: a row's bits do not depend on the rows beside it.
+    speculation: a row's bits do not depend on the rows beside it, and what is drawn is a function
+    of the request's seed, the token's position and the row.
 
     Args:
         model: this rank's part.
 
     Example:
-        >>> outputs, statistics = Generator(model).generate([prompt_ids], max_new_tokens=64)
+        >>> result = Generator(model).generate([prompt_ids], max_new_tokens=64)
+        >>> result.outputs, result.statistics.tokens_per_second
     """
 
     def __init__(self, model: Llama):
@@ -82,9 +104,11 @@ class Generator:
         *,
         stop_ids: Sequence[int] = (),
         draft_length: int | None = None,
+        sampling: Sampling | None = None,
+        log_probabilities: bool = False,
         on_tokens: Callable[[int, list[int]], None] | None = None,
-    ) -> tuple[list[list[int]], GenerationStatistics]:
-        """Continues every prompt by its most probable tokens.
+    ) -> Generation:
+        """Continues every prompt.
 
         Args:
             prompts: token ids of each.
@@ -92,37 +116,49 @@ class Generator:
             stop_ids: a request ends with the first of these, which is part of its output.
             draft_length: speculate with n-grams of the text, at most that many tokens at a time;
                 None: do not.
+            sampling: how to draw each prompt's tokens; None: take the most probable ones.
+            log_probabilities: return those of the output too.
             on_tokens: called with (prompt, new tokens) as they come.
 
-        Returns:
-            (output ids of each prompt, statistics of this rank).
-
         Raises:
-            UsageError: an empty prompt, or one that fills the context.
+            UsageError: an empty prompt, or one that fills the context; options for another number
+                of prompts.
             CommunicatorError: a rank failed; see :mod:`commfuse.errors`.
         """
         requests = self._requests(prompts, max_new_tokens, draft_length)
+        if sampling is None:
+            sampling = Sampling.of(len(requests))
+        if len(sampling) != len(requests):
+            raise UsageError(
+                f"sampling has options for {len(sampling)} requests, not {len(requests)}"
+            )
         stop = frozenset(stop_ids)
         longest = max(len(r.tokens) + r.limit for r in requests)
         cache = self.model.new_cache(len(requests), longest)
         rotary = self.model.rotary(cache.max_length)
         watch = Stopwatch(self.comm)
 
-        def deliver(request: _Request, tokens: Sequence[int]) -> int:
-            taken = request.accept(tokens, stop)
+        def deliver(request: _Request, tokens: Sequence[int], logs: Sequence[float]) -> int:
+            taken = request.accept(tokens, logs, stop)
             if on_tokens is not None:
                 on_tokens(request.index, taken)
             return len(taken)
 
-        for request, token in zip(requests, self._prefill(requests, cache, rotary), strict=True):
-            deliver(request, [token])
+        options = (sampling, log_probabilities)
+        first = self._prefill(requests, cache, rotary, *options)
+        for request, (token, logs) in zip(requests, first, strict=True):
+            deliver(request, [token], logs)
         watch.first_tokens()
         while active := [request for request in requests if not request.done]:
             self.comm.check()
-            new_tokens = self._decode(active, cache, rotary)
-            taken = [deliver(r, tokens) for r, tokens in zip(active, new_tokens, strict=True)]
+            new = self._decode(active, cache, rotary, *options)
+            taken = [deliver(request, *tokens) for request, tokens in zip(active, new, strict=True)]
             watch.step(sum(taken), len(active))
-        return [request.output for request in requests], watch.stop()
+        return Generation(
+            [request.output for request in requests],
+            watch.stop(),
+            [request.log_probabilities for request in requests] if log_probabilities else None,
+        )
 
     def _requests(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, draft_length: int | None
@@ -176,9 +212,11 @@ class Generator:
         requests: Sequence[_Request],
         cache: KVCache,
         rotary: tuple[torch.Tensor, torch.Tensor],
-    ) -> list[int]:
+        sampling: Sampling,
+        log_probabilities: bool,
+    ) -> list[tuple[int, list[float]]]:
         """Runs all prompts, in passes of a bounded number of tokens; each one's first token."""
-        first_tokens: dict[int, int] = {}
+        first_tokens: dict[int, tuple[int, list[float]]] = {}
         runs: list[tuple[int, int, Sequence[int]]] = []
         filled = 0
 
@@ -191,8 +229,16 @@ class Generator:
                     ends.append(row - 1)
                     finished.append(sequence)
             logits = self._forward(runs, cache, rotary, torch.tensor(ends, dtype=torch.int64))
-            winners = ops.vocab_parallel_argmax(logits, self.model.vocabulary.begin, self.comm)
-            first_tokens.update(zip(finished, winners.tolist(), strict=True))
+            tokens, logs = ops.vocab_parallel_sample(
+                logits,
+                sampling.select(finished),
+                torch.tensor([len(requests[s].tokens) for s in finished], dtype=torch.int64),
+                self.model.vocabulary.begin,
+                self.comm,
+                log_probabilities=log_probabilities,
+            )
+            each = [[log] for log in logs.tolist()] if logs is not None else [[]] * len(finished)
+            first_tokens.update(zip(finished, zip(tokens.tolist(), each, strict=True), strict=True))
             runs, filled = [], 0
 
         for request in requests:
@@ -212,7 +258,9 @@ class Generator:
         active: Sequence[_Request],
         cache: KVCache,
         rotary: tuple[torch.Tensor, torch.Tensor],
-    ) -> list[list[int]]:
+        sampling: Sampling,
+        log_probabilities: bool,
+    ) -> list[tuple[list[int], list[float]]]:
         """One step: the next tokens of every active request, one at least."""
         drafts = [request.draft() for request in active]
         runs = [
@@ -220,14 +268,24 @@ class Generator:
             for request, draft in zip(active, drafts, strict=True)
         ]
         logits = self._forward(runs, cache, rotary)
-        begin = self.model.vocabulary.begin
         longest = max(map(len, drafts))
-        if longest == 0:
-            winners = ops.vocab_parallel_argmax(logits, begin, self.comm)
-            return [[token] for token in winners.tolist()]
-        padded = torch.tensor([draft + [-1] * (longest - len(draft)) for draft in drafts])
-        lengths = torch.tensor([len(draft) for draft in drafts])
-        tokens, accepted = ops.verify_chain(logits, padded, lengths, begin, self.comm)
+        padded = torch.tensor(
+            [draft + [-1] * (longest - len(draft)) for draft in drafts], dtype=torch.int64
+        )
+        tokens, accepted, logs = ops.verify_chain(
+            logits,
+            padded,
+            torch.tensor([len(draft) for draft in drafts]),
+            sampling.select([request.index for request in active]),
+            torch.tensor([len(request.tokens) for request in active]),
+            self.model.vocabulary.begin,
+            self.comm,
+            log_probabilities=log_probabilities,
+        )
+        all_logs = logs.tolist() if logs is not None else [[]] * len(active)
         return [
-            row[: count + 1] for row, count in zip(tokens.tolist(), accepted.tolist(), strict=True)
+            (row[: count + 1], row_logs[: count + 1])
+            for row, row_logs, count in zip(
+                tokens.tolist(), all_logs, accepted.tolist(), strict=True
+            )
         ]

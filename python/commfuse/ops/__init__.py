@@ -12,6 +12,7 @@ import torch
 
 from commfuse.errors import UsageError
 from commfuse.ops._registry import Explanation, Op, Query
+from commfuse.ops._sampling import Sampling
 from commfuse.ops.all_gather import all_gather
 from commfuse.ops.all_reduce import all_reduce, all_reduce_
 from commfuse.ops.all_reduce_rms_norm import all_reduce_rms_norm
@@ -20,9 +21,10 @@ from commfuse.ops.matmul import PackedWeight, matmul, pack_gate_up, pack_weight
 from commfuse.ops.matmul_all_reduce import matmul_all_reduce
 from commfuse.ops.reduce_scatter import reduce_scatter
 from commfuse.ops.transformer_blocks import BlockWeights, Placement, transformer_blocks
-from commfuse.ops.verify_chain import verify_chain
+from commfuse.ops.verify_chain import Verified, verify_chain
 from commfuse.ops.vocab_parallel_argmax import vocab_parallel_argmax
 from commfuse.ops.vocab_parallel_embedding import vocab_parallel_embedding
+from commfuse.ops.vocab_parallel_sample import vocab_parallel_sample
 from commfuse.runtime.communicator import Communicator
 
 OP_NAMES = (
@@ -36,6 +38,7 @@ OP_NAMES = (
     "transformer_blocks",
     "vocab_parallel_argmax",
     "vocab_parallel_embedding",
+    "vocab_parallel_sample",
     "verify_chain",
 )
 
@@ -87,6 +90,8 @@ __all__ = [
     "BlockWeights",
     "PackedWeight",
     "Placement",
+    "Sampling",
+    "Verified",
     "all_gather",
     "all_reduce",
     "all_reduce_",
@@ -103,4 +108,5 @@ __all__ = [
     "verify_chain",
     "vocab_parallel_argmax",
     "vocab_parallel_embedding",
+    "vocab_parallel_sample",
 ]

@@ -1,61 +1,135 @@
-"""Verification of draft tokens at temperature 0, on vocabulary shards."""
+"""Verification of chains of draft tokens on vocabulary shards."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from commfuse.ops._registry import Backend, Op, cpu_obstacle, define, torch_obstacle
-from commfuse.ops.vocab_parallel_argmax import reference as argmax_reference
+from commfuse.ops._sampling import (
+    Sampling,
+    check_rows,
+    draw_row,
+    gather_columns,
+    log_probabilities_of,
+)
 from commfuse.ops.vocab_parallel_argmax import torch_argmax
 from commfuse.runtime.communicator import Communicator
 
 
-def _fake(logits, drafts, draft_lengths, vocab_begin, communicator):
+class Verified(NamedTuple):
+    """The result of :func:`verify_chain`.
+
+    Attributes:
+        tokens: int64 [batch, longest + 1]: the accepted drafts and the token behind them, then -1.
+        accepted: int64 [batch]: how many drafts were accepted.
+        log_probabilities: float32 [batch, longest + 1]: of the tokens, under softmax(logits), then
+            0; or None.
+    """
+
+    tokens: torch.Tensor
+    accepted: torch.Tensor
+    log_probabilities: torch.Tensor | None
+
+
+def _fake(
+    logits, drafts, draft_lengths, draft_probabilities, temperature, top_k, top_p, seed, position,
+    log_probabilities, vocab_begin, communicator,
+):  # fmt: skip
     batch, longest = drafts.shape
-    return drafts.new_empty((batch, longest + 1)), drafts.new_empty(batch)
+    logs = drafts.new_empty((batch if log_probabilities else 0, longest + 1), dtype=torch.float32)
+    return drafts.new_empty((batch, longest + 1)), drafts.new_empty(batch), logs
 
 
 _verify_chain = define(
-    "verify_chain(Tensor logits, Tensor drafts, Tensor draft_lengths, int vocab_begin,"
-    " int communicator) -> (Tensor, Tensor)",
+    "verify_chain(Tensor logits, Tensor drafts, Tensor draft_lengths, Tensor? draft_probabilities,"
+    " Tensor temperature, Tensor top_k, Tensor top_p, Tensor seed, Tensor position,"
+    " bool log_probabilities, int vocab_begin, int communicator) -> (Tensor, Tensor, Tensor)",
     _fake,
 )
 
 
 def _accept(
-    winners: Sequence[int], drafts: torch.Tensor, draft_lengths: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The accepted prefix of every draft and the target's own token behind it."""
+    chosen: Sequence[int],
+    logs: Sequence[float],
+    drafts: torch.Tensor,
+    draft_lengths: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The accepted prefix of every draft and the token behind it, from every row's token."""
     batch, longest = drafts.shape
     tokens = torch.full((batch, longest + 1), -1, dtype=torch.int64)
+    token_logs = torch.zeros((batch, longest + 1), dtype=torch.float64)
     accepted = torch.zeros(batch, dtype=torch.int64)
     begin = 0
     for request, length in enumerate(draft_lengths.tolist()):
-        own = winners[begin : begin + length + 1]
+        own = chosen[begin : begin + length + 1]
         draft = drafts[request, :length].tolist()
         count = next((i for i in range(length) if own[i] != draft[i]), length)
         tokens[request, : count + 1] = torch.tensor(own[: count + 1])
+        token_logs[request, : count + 1] = torch.tensor(logs[begin : begin + count + 1])
         accepted[request] = count
         begin += length + 1
-    return tokens, accepted
+    return tokens, accepted, token_logs
+
+
+def _places(draft_lengths: torch.Tensor) -> list[tuple[int, int]]:
+    """(request, row within it) of every row of the logits."""
+    return [(b, j) for b, length in enumerate(draft_lengths.tolist()) for j in range(length + 1)]
+
+
+def _name(place: tuple[int, int]) -> str:
+    return f"request {place[0]}, row {place[1]}"
 
 
 def reference(
-    shards: Sequence[torch.Tensor], drafts: torch.Tensor, draft_lengths: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The op on all ranks' logits, token by token."""
-    return _accept(argmax_reference(shards).tolist(), drafts, draft_lengths)
+    shards: Sequence[torch.Tensor],
+    drafts: torch.Tensor,
+    draft_lengths: torch.Tensor,
+    sampling: Sampling,
+    positions: torch.Tensor,
+    draft_shards: Sequence[torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The op on all ranks' logits (and draft probabilities), token by token."""
+    logits, places = torch.cat(list(shards), dim=1), _places(draft_lengths)
+    q = torch.cat(list(draft_shards), dim=1) if draft_shards is not None else None
+    check_rows(logits, lambda row: _name(places[row]))
+    options = list(zip(*(x.tolist() for x in sampling.tensors), strict=True))
+    chosen, lengths = [], draft_lengths.tolist()
+    for row, (request, index) in zip(logits, places, strict=True):
+        draft = None
+        if q is not None and index < lengths[request]:
+            # Every request before this one has one row more than drafts.
+            draft = (int(drafts[request, index]), q[len(chosen) - request])
+        position = int(positions[request]) + index
+        chosen.append(draw_row(row, options[request], position, draft=draft))
+    own = torch.tensor(chosen, dtype=torch.int64)
+    return _accept(chosen, log_probabilities_of(logits, own).tolist(), drafts, draft_lengths)
 
 
-def _cpu(logits, drafts, draft_lengths, vocab_begin, comm):
-    return _verify_chain(logits, drafts, draft_lengths, vocab_begin, comm.handle)
+def _cpu(
+    logits, drafts, draft_lengths, sampling, positions, vocab_begin, comm, draft_probabilities,
+    log_probabilities,
+):  # fmt: skip
+    return _verify_chain(
+        logits, drafts, draft_lengths, draft_probabilities, *sampling.tensors, positions,
+        log_probabilities, vocab_begin, comm.handle,
+    )  # fmt: skip
 
 
-def _torch(logits, drafts, draft_lengths, vocab_begin, comm):
-    winners = torch_argmax(logits, vocab_begin, comm)
-    return _accept(winners.tolist(), drafts, draft_lengths)
+def _torch(
+    logits, drafts, draft_lengths, sampling, positions, vocab_begin, comm, draft_probabilities,
+    log_probabilities,
+):  # fmt: skip
+    if sampling.greedy and not log_probabilities:
+        places = _places(draft_lengths)
+        winners = torch_argmax(logits, vocab_begin, comm, lambda row: _name(places[row])).tolist()
+        return _accept(winners, [0.0] * len(winners), drafts, draft_lengths)
+    q = None if draft_probabilities is None else [gather_columns(draft_probabilities, comm)]
+    shards = [gather_columns(logits, comm)]
+    tokens, accepted, logs = reference(shards, drafts, draft_lengths, sampling, positions, q)
+    return tokens, accepted, logs.float()
 
 
 OP = Op(
@@ -68,35 +142,57 @@ def verify_chain(
     logits: torch.Tensor,
     drafts: torch.Tensor,
     draft_lengths: torch.Tensor,
+    sampling: Sampling,
+    positions: torch.Tensor,
     vocab_begin: int,
     comm: Communicator,
+    *,
+    draft_probabilities: torch.Tensor | None = None,
+    log_probabilities: bool = False,
     backend: str = "auto",
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Accepts every request's longest draft prefix that greedy decoding would have produced.
+) -> Verified:
+    """Accepts a prefix of every request's draft so that the output is distributed as the target.
 
-    At temperature 0 speculative decoding (Leviathan et al., 2023) accepts a draft token exactly
-    where it is the target's argmax: the output is that of plain decoding. One exchange of eight
-    bytes per row and rank decides.
+    Without ``draft_probabilities`` every row draws its token from the target, and drafts are
+    accepted as long as they are what was drawn: with the same logits, the tokens are those of
+    :func:`vocab_parallel_sample` without speculation, one by one. With them, a draft x is accepted
+    with probability min(1, p(x) / q(x)), and a refused one replaced by a draw from max(p - q, 0)
+    (speculative sampling, Leviathan et al., 2023). p is the target after temperature, top-k and
+    top-p.
+
+    The exchange per row and rank is that of :func:`vocab_parallel_sample`; with
+    ``draft_probabilities`` 20 bytes more. Ids outside the vocabulary are never accepted, nor are
+    drafts with p = 0 or q = 0.
 
     Args:
         logits: [sum of (draft length + 1), shard], request after request; row j of a request
             predicts the token behind its j-th draft token.
         drafts: int64 [batch, longest], padded with anything.
         draft_lengths: int64 [batch], each 0 to longest.
-        vocab_begin: global id of the shard's first entry.
-        comm: every rank must call, with equal drafts.
+        sampling: how to draw, for each request.
+        positions: int64 [batch], in its sequence, of the token that a request's first row predicts.
+        vocab_begin: global id of the shard's first entry, a multiple of 128 where a request draws.
+        comm: every rank must call, with equal drafts, options and positions.
+        draft_probabilities: float32 [sum of draft lengths, shard], the distributions that the
+            drafts were drawn from, by other noise (:func:`vocab_parallel_sample` with ``draft``).
+        log_probabilities: return them.
         backend: ``"auto"``, ``"cpu"`` or ``"torch"``.
 
-    Returns:
-        (tokens, accepted): int64 [batch, longest + 1], the accepted drafts and the target's own
-        next token behind them, -1 beyond; int64 [batch], how many drafts were accepted.
-
     Raises:
-        CommfuseError: a row is NaN, infinite, or -inf throughout; all ranks raise it.
+        CommfuseError: a row is NaN, infinite, or -inf throughout; all ranks raise it, naming the
+            request.
+        ValueError: shapes do not fit, or the shard is not cut at a multiple of 128.
         CommunicatorError, BackendUnavailable: as :func:`~commfuse.ops.all_reduce`.
 
     Example:
-        >>> tokens, accepted = verify_chain(logits, drafts, lengths, vocab_begin, comm)
+        >>> sampling = Sampling.of(len(drafts), temperature=0.8, seed=7)
+        >>> tokens, accepted, _ = verify_chain(
+        ...     logits, drafts, draft_lengths, sampling, lengths, vocab_begin, comm
+        ... )
     """
     run = OP.select(backend, comm, logits)
-    return run(logits, drafts, draft_lengths, vocab_begin, comm)
+    tokens, accepted, logs = run(
+        logits, drafts, draft_lengths, sampling, positions, vocab_begin, comm, draft_probabilities,
+        log_probabilities,
+    )  # fmt: skip
+    return Verified(tokens, accepted, logs if log_probabilities else None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -31,8 +31,16 @@ def _cpu(logits, vocab_begin, comm):
     return _vocab_parallel_argmax(logits, vocab_begin, comm.handle)
 
 
-def torch_argmax(logits: torch.Tensor, vocab_begin: int, comm: Communicator) -> torch.Tensor:
-    """The same by torch: local winners, gathered, compared. float64 holds score and id exactly."""
+def torch_argmax(
+    logits: torch.Tensor,
+    vocab_begin: int,
+    comm: Communicator,
+    place: Callable[[int], str] = "row {}".format,
+) -> torch.Tensor:
+    """The same by torch: local winners, gathered, compared. float64 holds score and id exactly.
+
+    ``place`` names a row in errors.
+    """
     rows = logits.shape[0]
     winners = torch.full((rows, 2), -torch.inf, dtype=torch.float64, device=logits.device)
     if logits.shape[1]:
@@ -44,7 +52,7 @@ def torch_argmax(logits: torch.Tensor, vocab_begin: int, comm: Communicator) -> 
     best = scores.max(dim=0).values
     for row, score in enumerate(best.tolist()):
         if score != score or score in (float("inf"), float("-inf")):
-            raise CommfuseError(f"the logits of row {row} are {score}: no token can be chosen")
+            raise CommfuseError(f"the logits of {place(row)} are {score}: no token can be chosen")
     ids = torch.where(scores == best, ids, torch.inf)
     return ids.min(dim=0).values.long()
 
@@ -60,7 +68,7 @@ def vocab_parallel_argmax(
 ) -> torch.Tensor:
     """The id of the largest logit over all ranks' vocabulary shards, the lowest among equals.
 
-    Eight bytes per row and rank are exchanged, instead of the logits.
+    16 bytes per row and rank are exchanged, instead of the logits.
 
     Args:
         logits: [rows, size of this rank's shard], contiguous; padding must not be in it.

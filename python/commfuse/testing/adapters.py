@@ -22,6 +22,7 @@ from commfuse.ops.reduce_scatter import reference as reduce_scatter_reference
 from commfuse.ops.verify_chain import reference as verify_chain_reference
 from commfuse.ops.vocab_parallel_argmax import reference as argmax_reference
 from commfuse.ops.vocab_parallel_embedding import reference as embedding_reference
+from commfuse.ops.vocab_parallel_sample import reference as sample_reference
 from commfuse.testing.adapter import Adapter, Inputs, Outputs
 from commfuse.testing.block import TransformerBlocks
 from commfuse.testing.cases import Case
@@ -345,7 +346,7 @@ class VocabParallelArgmax(_Vocabulary):
     composition = reference
 
     def message_bytes(self):
-        return 8 * self.case["m"]
+        return 16 * self.case["m"]
 
 
 class VocabParallelEmbedding(_Vocabulary):
@@ -392,37 +393,143 @@ class VocabParallelEmbedding(_Vocabulary):
     message_bytes = AllReduce.message_bytes
 
 
-class VerifyChain(_Vocabulary):
-    """Inputs: logits [rows, shard], drafts [batch, longest], draft_lengths, vocab_begin.
+class _Sampled(_Vocabulary):
+    """Ops that draw: options ``sampled``, ``truncated`` (top-k and top-p too), ``logs``.
+
+    Logits have the spread of a language model's; one in 16 is -inf. float16 logits have ties.
+    """
+
+    def sampling(self, batch: int) -> ops.Sampling:
+        """Every third request of ``sampled`` ones is greedy, but not the first."""
+        options = self.case.options
+        if "sampled" not in options:
+            return ops.Sampling.of(batch)
+        mixed = [(0.7, 1.0, 0.0)[b % 3] for b in range(batch)]
+        if "truncated" not in options:
+            return ops.Sampling.of(batch, temperature=mixed, seed=range(batch))
+        return ops.Sampling.of(
+            batch,
+            temperature=mixed,
+            top_k=[(50, 0, 5, 1)[b % 4] for b in range(batch)],
+            top_p=[(0.9, 0.5, 1.0, 0.99, 1e-6)[b % 5] for b in range(batch)],
+            seed=range(batch),
+        )
+
+    def logits(self, random, rows: int) -> torch.Tensor:
+        logits = random(rows, self.case["vocabulary"], scale=4.0)
+        if logits.shape[1] > 16:
+            logits[:, 3::16] = -torch.inf
+        return logits
+
+    def results(self, outputs: Outputs) -> Outputs:
+        """The log-probabilities come last; integers are compared before them."""
+        return tuple(x for x in outputs if x is not None)
+
+    def winner_bytes(self, rows: int) -> int:
+        return rows * (32 if "logs" in self.case.options else 16)
+
+
+class VocabParallelSample(_Sampled):
+    """Inputs: logits [m, shard], vocab_begin, sampling and positions of m requests."""
+
+    op = "vocab_parallel_sample"
+
+    def make(self, random):
+        m = self.case["m"]
+        shared = {"sampling": self.sampling(m), "positions": torch.arange(m) + 5}
+        return [{**shard, **shared} for shard in self.shards(self.logits(random, m))]
+
+    def call(self, inputs, comm, backend):
+        names = ("logits", "sampling", "positions", "vocab_begin")
+        logs = "logs" in self.case.options
+        return self.results(
+            ops.vocab_parallel_sample(
+                *(inputs[name] for name in names), comm, log_probabilities=logs, backend=backend
+            )
+        )
+
+    def _expected(self, inputs, dtype):
+        shards, first = [rank["logits"] for rank in inputs], inputs[0]
+        tokens, logs = sample_reference(shards, first["sampling"], first["positions"])
+        return (tokens, logs.to(dtype)) if "logs" in self.case.options else (tokens,)
+
+    def reference(self, inputs):
+        return self._expected(inputs, torch.float64)
+
+    def composition(self, inputs):
+        return self._expected(inputs, torch.float32)
+
+    def message_bytes(self):
+        return self.winner_bytes(self.case["m"])
+
+
+class VerifyChain(_Sampled):
+    """Inputs: logits [rows, shard], drafts [batch, longest], draft_lengths, vocab_begin, sampling.
 
     Request b has b % (longest + 1) right drafts and, where there is room, a wrong one behind them.
+    With ``distributions`` also draft_probabilities [drafts, shard], in which drafts are likely.
     """
 
     op = "verify_chain"
 
     def make(self, random):
         batch, longest, size = (self.case[d] for d in ("batch", "drafts", "vocabulary"))
-        logits = random(batch * (longest + 1), size)
-        winners = argmax_reference([logits]).view(batch, longest + 1)
-        right = torch.arange(batch)[:, None] % (longest + 1) > torch.arange(longest)[None]
-        drafts = torch.where(right, winners[:, :-1], (winners[:, :-1] + 1) % size)
+        logits = self.logits(random, batch * (longest + 1))
         lengths = torch.full((batch,), longest)
-        return [
-            {**shard, "drafts": drafts, "draft_lengths": lengths} for shard in self.shards(logits)
-        ]
+        shared = {
+            "draft_lengths": lengths,
+            "sampling": self.sampling(batch),
+            "positions": torch.arange(batch) + 5,
+        }
+        winners = self._winners(logits, shared)
+        right = torch.arange(batch)[:, None] % (longest + 1) > torch.arange(longest)[None]
+        shared["drafts"] = torch.where(right, winners[:, :-1], (winners[:, :-1] + 1) % size)
+        inputs = [{**shard, **shared} for shard in self.shards(logits)]
+        if "distributions" in self.case.options:
+            near = logits.view(batch, longest + 1, size)[:, :-1].flatten(0, 1).float()
+            likely = F.one_hot(shared["drafts"].flatten(), size)
+            q = (0.9 * near.softmax(dim=1) + 0.1 * likely).float()
+            for rank, span in zip(inputs, self.spans(), strict=True):
+                rank["draft_probabilities"] = q[:, span.begin : span.end].contiguous()
+        return inputs
+
+    def _winners(self, logits: torch.Tensor, shared: Inputs) -> torch.Tensor:
+        """Every row's token without a draft, int64 [batch, longest + 1]."""
+        rows = self.case["drafts"] + 1
+        requests = torch.arange(self.case["batch"]).repeat_interleave(rows)
+        positions = shared["positions"][requests] + torch.arange(len(requests)) % rows
+        sampling = shared["sampling"].select(requests.tolist())
+        return sample_reference([logits], sampling, positions)[0].view(-1, rows)
 
     def call(self, inputs, comm, backend):
-        names = ("logits", "drafts", "draft_lengths", "vocab_begin")
-        return ops.verify_chain(*(inputs[name] for name in names), comm, backend)
+        names = ("logits", "drafts", "draft_lengths", "sampling", "positions", "vocab_begin")
+        return self.results(
+            ops.verify_chain(
+                *(inputs[name] for name in names),
+                comm,
+                draft_probabilities=inputs.get("draft_probabilities"),
+                log_probabilities="logs" in self.case.options,
+                backend=backend,
+            )
+        )
+
+    def _expected(self, inputs, dtype):
+        shards, first = [rank["logits"] for rank in inputs], inputs[0]
+        q = None
+        if "draft_probabilities" in first:
+            q = [rank["draft_probabilities"] for rank in inputs]
+        names = ("drafts", "draft_lengths", "sampling", "positions")
+        tokens, accepted, logs = verify_chain_reference(shards, *(first[n] for n in names), q)
+        return (tokens, accepted, logs.to(dtype))[: 3 if "logs" in self.case.options else 2]
 
     def reference(self, inputs):
-        shards = [rank["logits"] for rank in inputs]
-        return verify_chain_reference(shards, inputs[0]["drafts"], inputs[0]["draft_lengths"])
+        return self._expected(inputs, torch.float64)
 
-    composition = reference
+    def composition(self, inputs):
+        return self._expected(inputs, torch.float32)
 
     def message_bytes(self):
-        return 8 * self.case["batch"] * (self.case["drafts"] + 1)
+        return self.winner_bytes(self.case["batch"] * (self.case["drafts"] + 1))
 
 
 ADAPTERS: dict[str, type[Adapter]] = {
@@ -438,6 +545,7 @@ ADAPTERS: dict[str, type[Adapter]] = {
         TransformerBlocks,
         VocabParallelArgmax,
         VocabParallelEmbedding,
+        VocabParallelSample,
         VerifyChain,
     )
 }

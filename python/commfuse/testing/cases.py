@@ -22,7 +22,8 @@ class Case:
         op: its name.
         dimensions: (name, length) pairs.
         options: arguments that are given besides the required ones: ``bias``, ``residual``,
-            ``norm``, ``gate_up``; or ``in_place``.
+            ``norm``, ``gate_up``, ``logs``, ``distributions``; or ``in_place``, ``sampled``,
+            ``truncated``.
         kind: ``quick``: measured by default; ``more``: measured on request; ``edge``: only tested.
     """
 
@@ -66,6 +67,18 @@ def _block(
 ) -> list[dict[str, int]]:
     sizes = {"hidden": hidden, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
     return [{"m": m, **sizes, "features": features} for m in tokens]
+
+
+def _sampled(op: str, options: tuple[str, ...]):
+    batches = (1, 8)
+    if op == "verify_chain":
+        quick = [{"batch": b, "drafts": 4, "vocabulary": 49152} for b in batches]
+        edges = ((0, 2, 256), (1, 0, 256), (1, 1, 129), (6, 3, 300))
+        edge = [dict(zip(("batch", "drafts", "vocabulary"), e, strict=True)) for e in edges]
+    else:
+        quick = [{"m": b, "vocabulary": 49152} for b in batches]
+        edge = [{"m": m, "vocabulary": v} for m, v in ((0, 256), (1, 1), (3, 129), (20, 1000))]
+    return _cases(op, QUICK, *quick, options=options) + _cases(op, EDGE, *edge, options=options)
 
 
 # The down projection of SmolLM2-135M on one rank, and one of a 7B model's half-blocks on two.
@@ -144,18 +157,21 @@ CASES: tuple[Case, ...] = (
             for m, size, n in ((0, 256, 32), (1, 1, 1), (7, 300, 33))
         ),
     ),
-    *_cases(
-        "verify_chain",
-        QUICK,
-        *({"batch": b, "drafts": 5, "vocabulary": 49152} for b in (1, 4)),
+    *(
+        case
+        for options in ((), ("sampled",), ("sampled", "truncated"), ("sampled", "logs"))
+        for case in _sampled("vocab_parallel_sample", options)
     ),
-    *_cases(
-        "verify_chain",
-        EDGE,
-        *(
-            {"batch": b, "drafts": d, "vocabulary": size}
-            for b, d, size in ((1, 0, 256), (1, 1, 129), (5, 3, 300))
-        ),
+    *(
+        case
+        for options in (
+            (),
+            ("sampled",),
+            ("sampled", "truncated"),
+            ("sampled", "distributions"),
+            ("sampled", "truncated", "distributions", "logs"),
+        )
+        for case in _sampled("verify_chain", options)
     ),
 )
 
@@ -168,7 +184,7 @@ def cases_of(op: str, kinds: tuple[str, ...] = (QUICK,)) -> list[Case]:
 
     Example:
         >>> [str(case) for case in cases_of("verify_chain")]
-        ['batch=1 drafts=5 vocabulary=49152', 'batch=4 drafts=5 vocabulary=49152']
+        ['batch=1 drafts=4 vocabulary=49152', 'batch=8 drafts=4 vocabulary=49152', ...]
     """
     ops = list(dict.fromkeys(case.op for case in CASES))
     if op not in ops:
