@@ -17,6 +17,7 @@ import importlib
 _LAZY = {
     "Communicator": ("commfuse.runtime.communicator", "Communicator"),
     "init_mesh": ("commfuse.runtime.mesh", "init_mesh"),
+    "parallelize": ("commfuse.models.parallelize", "parallelize"),
     "explain": ("commfuse.ops", "explain"),
     "errors": ("commfuse.errors", None),
     "nn": ("commfuse.nn", None),

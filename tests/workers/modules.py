@@ -14,6 +14,7 @@ from commfuse.nn import (
     ParallelMLP,
     RowParallelLinear,
     VocabParallelEmbedding,
+    VocabParallelHead,
     shard_heads,
     shard_vocabulary,
     split,
@@ -86,9 +87,9 @@ def _modules(comm, random):
     shard = shard_vocabulary(VOCABULARY, comm.world_size, comm.rank)
     embedding = VocabParallelEmbedding(table[shard.begin : shard.end], shard.begin, comm)
     yield "embedding", embedding(tokens), table[tokens].double()
-    yield "tied head", embedding.logits(x), (x.double() @ table.double().T)[
-        :, shard.begin : shard.end
-    ]  # fmt: skip
+    head, exact = VocabParallelHead(embedding, VOCABULARY, comm), x.double() @ table.double().T
+    yield "tied head", head.local(x), exact[:, shard.begin : shard.end]
+    yield "tied head, whole", head(x), exact
 
 
 def _block(comm, dtype, optional: bool) -> ParallelBlock:

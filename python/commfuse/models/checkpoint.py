@@ -13,6 +13,7 @@ Sources: the safetensors format, https://github.com/huggingface/safetensors#form
 :mod:`commfuse.models.gguf`.
 """
 
+import ctypes
 import dataclasses
 import itertools
 import json
@@ -164,26 +165,20 @@ class StoredTensor:
             self.file.read_into(memoryview(raw[index]), offset + index * stride + skip)
 
 
-class Checkpoint:
-    """An open model on disk: its configuration, its weights by name, its tokenizer.
+class StoredTensors:
+    """Open weights on disk, by name.
 
-    Made by :func:`open_checkpoint`; a context manager. Names and layouts are those of the
-    Hugging Face implementation whatever the file is.
+    Made by :func:`open_tensors`; a context manager.
     """
 
     def __init__(
-        self,
-        path: Path,
-        config: ModelConfig,
-        tensors: dict[str, StoredTensor],
-        make_tokenizer: Callable[[], Tokenizer],
+        self, path: Path, tensors: dict[str, StoredTensor], dtype: torch.dtype | None = None
     ) -> None:
         self.path = path
-        self.config = config
         self._tensors = tensors
-        self._make_tokenizer = make_tokenizer
+        self._dtype = dtype
 
-    def __enter__(self) -> "Checkpoint":
+    def __enter__(self) -> Any:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -195,8 +190,12 @@ class Checkpoint:
             tensor.file.close()
 
     def names(self) -> list[str]:
-        """Return the Hugging Face names of the stored parameters, sorted."""
+        """Return the names of the stored parameters, sorted."""
         return sorted(self._tensors)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype in which a parameter is stored (quantised: of what it decodes to)."""
+        return self._find(name).dtype
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a parameter, ``(out, in)`` or ``(n,)``."""
@@ -213,7 +212,8 @@ class Checkpoint:
 
         name: Hugging Face name, e.g. ``model.layers.0.self_attn.q_proj.weight``.
         rows, columns: contiguous slices of the first and the second dimension, within the shape;
-        None is all. A vector has rows only. dtype: of the result; None is ``config.dtype``.
+        None is all. A vector has rows only. dtype: of the result; None is the checkpoint's
+        ``config.dtype``, or without a configuration the stored one.
 
         Returns a contiguous CPU tensor ``[rows, columns]`` or ``[rows]`` that owns its memory.
         Raises UsageError for an unknown name, a slice outside the shape, or a file that ends
@@ -232,18 +232,61 @@ class Checkpoint:
         result = tensor.read(
             _bounds(rows, tensor.shape[0], name, "rows"),
             _bounds(columns, width, name, "columns"),
-            dtype or self.config.dtype,
+            dtype or self._dtype or tensor.dtype,
         )
         return result if len(tensor.shape) == 2 else result.squeeze(1)
-
-    def tokenizer(self) -> Tokenizer:
-        """Build the tokenizer; UsageError when the checkpoint has none that we support."""
-        return self._make_tokenizer()
 
     def _find(self, name: str) -> StoredTensor:
         if name not in self._tensors:
             raise UsageError(f"{self.path} has no tensor {name!r}")
         return self._tensors[name]
+
+
+class Checkpoint(StoredTensors):
+    """An open model on disk: its configuration, its weights by name, its tokenizer.
+
+    Made by :func:`open_checkpoint`. Names and layouts are those of the Hugging Face implementation
+    whatever the file is.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        config: ModelConfig,
+        tensors: dict[str, StoredTensor],
+        make_tokenizer: Callable[[], Tokenizer],
+    ) -> None:
+        super().__init__(path, tensors, config.dtype)
+        self.config = config
+        self._make_tokenizer = make_tokenizer
+
+    def tokenizer(self) -> Tokenizer:
+        """Build the tokenizer; UsageError when the checkpoint has none that we support."""
+        return self._make_tokenizer()
+
+
+def open_tensors(path: str | Path) -> StoredTensors:
+    """Open the weights of a Hugging Face directory of any architecture, reading only headers.
+
+    The directory holds ``model.safetensors`` or ``model.safetensors.index.json`` with its shards.
+    Raises UsageError, naming the file, for a missing, truncated, pickled or otherwise unusable
+    one.
+
+    Example::
+
+        with open_tensors("models/SmolLM3-3B") as tensors:
+            weight = tensors.read("model.norm.weight")
+    """
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        raise UsageError(f"{path} is not a directory")
+    files: list[TensorFile] = []
+    try:
+        return StoredTensors(path, _directory_tensors(path, files))
+    except BaseException:
+        for file in files:
+            file.close()
+        raise
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -273,6 +316,17 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     raise UsageError(
         f"{path} is neither a GGUF file nor a directory with config.json and safetensors"
     )
+
+
+def return_freed_memory() -> None:
+    """Gives the system back what tensors have left behind that were read and packed.
+
+    glibc keeps it, and fits new tensors badly into it, since these are aligned: while a model of
+    270 MB is loaded by two ranks, 80 MB of holes would collect on each.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def read_json(path: Path) -> dict[str, Any]:

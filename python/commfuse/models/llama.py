@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import nn
 
 from commfuse import ops
 from commfuse.errors import UsageError
-from commfuse.models.checkpoint import Checkpoint
+from commfuse.models.checkpoint import Checkpoint, return_freed_memory
 from commfuse.models.config import ModelConfig
 from commfuse.nn import (
-    ColumnParallelLinear,
     GatedColumnParallelLinear,
     KVCache,
     ParallelAttention,
@@ -20,6 +17,7 @@ from commfuse.nn import (
     ParallelMLP,
     RowParallelLinear,
     VocabParallelEmbedding,
+    VocabParallelHead,
     shard_heads,
     shard_vocabulary,
     split,
@@ -39,17 +37,6 @@ def check_parallelism(config: ModelConfig, tp: int) -> None:
         raise UsageError(f"tp={tp} exceeds the MLP's {config.intermediate_size} features")
     if config.head_dim % 16:
         raise UsageError(f"head_dim is {config.head_dim}; the kernels take multiples of 16")
-
-
-def _return_freed_memory() -> None:
-    """Gives the system back what tensors have left behind that were read and packed.
-
-    glibc keeps it, and fits new tensors badly into it, since these are aligned: while a model of
-    270 MB is loaded by two ranks, 80 MB of holes would collect on each.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 class Llama(nn.Module):
@@ -85,11 +72,13 @@ class Llama(nn.Module):
         embedding = checkpoint.read("model.embed_tokens.weight", rows=rows, dtype=self.dtype)
         self.embedding = VocabParallelEmbedding(embedding, self.vocabulary.begin, comm)
         del embedding
-        self.head = None
-        if not config.tie_word_embeddings:
-            self.head = ColumnParallelLinear(
-                checkpoint.read("lm_head.weight", rows=rows, dtype=self.dtype)
-            )
+        self.head = VocabParallelHead(
+            self.embedding
+            if config.tie_word_embeddings
+            else checkpoint.read("lm_head.weight", rows=rows, dtype=self.dtype),
+            config.vocab_size,
+            comm,
+        )
         norms = [
             checkpoint.read(f"model.layers.{layer}.input_layernorm.weight", dtype=self.dtype)
             for layer in range(config.num_layers)
@@ -99,11 +88,9 @@ class Llama(nn.Module):
         self.blocks = nn.ModuleList()
         for layer in range(config.num_layers):
             self.blocks.append(self._block(checkpoint, f"model.layers.{layer}.", norms[layer + 1]))
-            _return_freed_memory()
+            return_freed_memory()
 
-        head = self.embedding if self.head is None else self.head
         self._stack = [block.weights for block in self.blocks]
-        self._read_next = head.weight
 
     def _block(self, checkpoint: Checkpoint, prefix: str, next_norm: torch.Tensor) -> ParallelBlock:
         config, comm = self.config, self.comm
@@ -152,7 +139,7 @@ class Llama(nn.Module):
     def weight_bytes_per_step(self) -> int:
         """Bytes of weights that this rank reads in a decoding step, the head included."""
         weights = [m.weight for m in self.blocks.modules() if hasattr(m, "weight")]
-        weights.append(self.embedding.weight if self.head is None else self.head.weight)
+        weights.append(self.head.weight)
         return sum(w.data.nbytes for w in weights)
 
     def new_cache(self, sequences: int, max_length: int) -> KVCache:
@@ -193,8 +180,8 @@ class Llama(nn.Module):
         eps = self.config.rms_norm_eps
         x, residual = self.embedding(tokens, self.first_norm, eps)
         x, _ = ops.transformer_blocks(
-            x, residual, self._stack, cache.layers, placement, self.comm, read_next=self._read_next
+            x, residual, self._stack, cache.layers, placement, self.comm, read_next=self.head.weight
         )
         if rows is not None:
             x = x[rows]
-        return self.embedding.logits(x) if self.head is None else self.head(x, float32_out=True)
+        return self.head.local(x)

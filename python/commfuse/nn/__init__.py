@@ -11,8 +11,10 @@ from commfuse.nn.linear import (
     GatedColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
+    VocabParallelHead,
 )
-from commfuse.nn.sharding import HeadShard, Span, shard_heads, shard_vocabulary, split
+from commfuse.nn.sharded import ShardedModule
+from commfuse.nn.sharding import HeadShard, Slice, Span, shard_heads, shard_vocabulary, split
 
 __all__ = [
     "ColumnParallelLinear",
@@ -23,8 +25,11 @@ __all__ = [
     "ParallelBlock",
     "ParallelMLP",
     "RowParallelLinear",
+    "ShardedModule",
+    "Slice",
     "Span",
     "VocabParallelEmbedding",
+    "VocabParallelHead",
     "shard_heads",
     "shard_vocabulary",
     "split",

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from commfuse import _extension, ops
+from commfuse.errors import UsageError
+from commfuse.nn.sharded import ShardedModule
+from commfuse.nn.sharding import Slice, Span, shard_vocabulary, split
 from commfuse.ops import PackedWeight
 from commfuse.runtime.communicator import Communicator
 
@@ -17,7 +23,58 @@ def _prepare(weight: torch.Tensor) -> PackedWeight | torch.Tensor:
     return weight
 
 
-class ColumnParallelLinear(nn.Module):
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """x [..., features] as the kernels take it, contiguous [rows, features]; most often a view."""
+    return x.flatten(0, -2).contiguous()
+
+
+class _Linear(ShardedModule):
+    """A weight, with or without a bias, of which ``slices`` says what part it is."""
+
+    def __init__(
+        self,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        slices: Mapping[str, Slice],
+    ):
+        super().__init__(slices)
+        self.weight = None if weight is None else _prepare(weight)
+        self.bias = bias
+
+    def parts(self) -> dict[str, torch.Tensor]:
+        packed = isinstance(self.weight, PackedWeight)
+        parts = {"weight": self.weight.unpack() if packed else self.weight.clone()}
+        if self.bias is not None:
+            parts["bias"] = self.bias.clone()
+        return parts
+
+    def _take(self, parts: Mapping[str, torch.Tensor]) -> None:
+        weight = _prepare(parts["weight"])
+        bias = parts["bias"].clone() if "bias" in self.slices else None
+        if self.weight is None:
+            own = isinstance(weight, PackedWeight)
+            self.weight, self.bias = weight if own else weight.clone(), bias
+            return
+        # Others may hold these tensors: a tied head, the weights of a block.
+        if isinstance(weight, PackedWeight):
+            self.weight.data.copy_(weight.data)
+        else:
+            self.weight.copy_(weight)
+        if bias is not None:
+            self.bias.copy_(bias)
+
+
+def _slices(linear: nn.Linear, rows: slice, columns: slice | None = None) -> dict[str, Slice]:
+    """Of the weight and of the bias, which columns do not cut."""
+    if type(linear) is not nn.Linear:
+        raise UsageError(f"torch.nn.Linear is needed here, not {type(linear).__name__}")
+    slices = {"weight": Slice(tuple(linear.weight.shape), rows, columns)}
+    if linear.bias is not None:
+        slices["bias"] = Slice(tuple(linear.bias.shape), rows)
+    return slices
+
+
+class ColumnParallelLinear(_Linear):
     """y = x wᵀ (+ bias) for the output features of this rank; no communication.
 
     Args:
@@ -28,14 +85,42 @@ class ColumnParallelLinear(nn.Module):
         >>> y = ColumnParallelLinear(weight[span.begin:span.end])(x)
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None):
-        super().__init__()
-        self.weight = _prepare(weight)
-        self.bias = bias
+    def __init__(
+        self,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None = None,
+        *,
+        slices: Mapping[str, Slice] | None = None,
+    ):
+        super().__init__(weight, bias, slices or {})
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, comm: Communicator, rows: Span | None = None
+    ) -> ColumnParallelLinear:
+        """This rank's part of a layer that every rank has whole, or on torch's meta device.
+
+        Args:
+            linear: weight [out_features, in_features].
+            comm: the ranks.
+            rows: the output features of this rank; None: as even as possible.
+
+        Raises:
+            UsageError: not a ``torch.nn.Linear`` but a subclass or something else.
+
+        Example:
+            >>> up = ColumnParallelLinear.from_linear(nn.Linear(512, 2048), comm)
+        """
+        rows = rows or split(linear.out_features, comm.world_size, comm.rank)
+        layer = cls(None, slices=_slices(linear, rows.scaled(1)))
+        layer.load_from(linear)
+        return layer
 
     def forward(self, x: torch.Tensor, float32_out: bool = False) -> torch.Tensor:
-        """x: [rows, in_features] -> [rows, features of this rank]."""
-        return ops.matmul(x, self.weight, self.bias, float32_out=float32_out)
+        """x: [..., in_features] -> [..., features of this rank]."""
+        self.require_loaded()
+        y = ops.matmul(_rows(x), self.weight, self.bias, float32_out=float32_out)
+        return y.unflatten(0, x.shape[:-1])
 
 
 class GatedColumnParallelLinear(nn.Module):
@@ -64,7 +149,7 @@ class GatedColumnParallelLinear(nn.Module):
         return ops.matmul(x, self.weight, self.bias)
 
 
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(_Linear):
     """Sum over ranks of x wᵀ (+ bias), with the residual and the RMSNorm that may follow.
 
     Args:
@@ -76,11 +161,39 @@ class RowParallelLinear(nn.Module):
         >>> h, residual = RowParallelLinear(weight, comm)(x, residual, norm_weight, eps)
     """
 
-    def __init__(self, weight: torch.Tensor, comm: Communicator, bias: torch.Tensor | None = None):
-        super().__init__()
-        self.weight = _prepare(weight)
+    def __init__(
+        self,
+        weight: torch.Tensor | None,
+        comm: Communicator,
+        bias: torch.Tensor | None = None,
+        *,
+        slices: Mapping[str, Slice] | None = None,
+    ):
+        super().__init__(weight, bias, slices or {})
         self.comm = comm
-        self.bias = bias
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, comm: Communicator, columns: Span | None = None
+    ) -> RowParallelLinear:
+        """This rank's part of a layer that every rank has whole, or on torch's meta device.
+
+        Args:
+            linear: weight [out_features, in_features].
+            comm: the ranks.
+            columns: the input features of this rank; None: as even as possible.
+
+        Raises:
+            UsageError: not a ``torch.nn.Linear`` but a subclass or something else.
+
+        Example:
+            >>> down = RowParallelLinear.from_linear(nn.Linear(2048, 512), comm)
+        """
+        columns = columns or split(linear.in_features, comm.world_size, comm.rank)
+        rows = slice(0, linear.out_features)
+        layer = cls(None, comm, slices=_slices(linear, rows, columns.scaled(1)))
+        layer.load_from(linear)
+        return layer
 
     def forward(
         self,
@@ -89,7 +202,14 @@ class RowParallelLinear(nn.Module):
         norm_weight: torch.Tensor | None = None,
         eps: float = 1e-6,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """As :func:`commfuse.ops.matmul_all_reduce`."""
+        """As :func:`commfuse.ops.matmul_all_reduce`; without a norm x is [..., k]."""
+        self.require_loaded()
+        if norm_weight is None:
+            rows = None if residual is None else _rows(residual)
+            y = ops.matmul_all_reduce(
+                _rows(x), self.weight, self.comm, bias=self.bias, residual=rows
+            )
+            return y.unflatten(0, x.shape[:-1])
         return ops.matmul_all_reduce(
             x,
             self.weight,
@@ -101,8 +221,8 @@ class RowParallelLinear(nn.Module):
         )
 
 
-class VocabParallelEmbedding(nn.Module):
-    """The embedding of a vocabulary that is cut over the ranks; also the head, where tied.
+class VocabParallelEmbedding(_Linear):
+    """The embedding of a vocabulary that is cut over the ranks.
 
     Args:
         weight: [entries of this rank, hidden].
@@ -110,20 +230,122 @@ class VocabParallelEmbedding(nn.Module):
         comm: the ranks that hold the others.
     """
 
-    def __init__(self, weight: torch.Tensor, vocab_begin: int, comm: Communicator):
-        super().__init__()
-        self.weight = _prepare(weight)
+    def __init__(
+        self,
+        weight: torch.Tensor | None,
+        vocab_begin: int,
+        comm: Communicator,
+        *,
+        slices: Mapping[str, Slice] | None = None,
+    ):
+        super().__init__(weight, None, slices or {})
         self.vocab_begin = vocab_begin
         self.comm = comm
+
+    @classmethod
+    def from_embedding(cls, embedding: nn.Embedding, comm: Communicator) -> VocabParallelEmbedding:
+        """This rank's part of an embedding that every rank has whole, or on torch's meta device.
+
+        Args:
+            embedding: weight [entries, hidden].
+            comm: the ranks; they are given contiguous entries, cut at multiples of 128.
+
+        Raises:
+            UsageError: not a ``torch.nn.Embedding`` but a subclass or something else, or one that
+                rescales its weights (``max_norm``).
+
+        Example:
+            >>> embedding = VocabParallelEmbedding.from_embedding(nn.Embedding(32000, 512), comm)
+        """
+        if type(embedding) is not nn.Embedding or embedding.max_norm is not None:
+            raise UsageError(
+                "torch.nn.Embedding without max_norm is needed here, not "
+                f"{type(embedding).__name__}"
+            )
+        shard = shard_vocabulary(embedding.num_embeddings, comm.world_size, comm.rank)
+        slices = {"weight": Slice(tuple(embedding.weight.shape), shard.scaled(1))}
+        layer = cls(None, shard.begin, comm, slices=slices)
+        layer.load_from(embedding)
+        return layer
 
     def forward(
         self, tokens: torch.Tensor, norm_weight: torch.Tensor | None = None, eps: float = 1e-6
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """As :func:`commfuse.ops.vocab_parallel_embedding`."""
+        """As :func:`commfuse.ops.vocab_parallel_embedding`; tokens [...] without a norm."""
+        self.require_loaded()
+        if norm_weight is None:
+            rows = ops.vocab_parallel_embedding(
+                tokens.flatten(), self.weight, self.vocab_begin, self.comm
+            )
+            return rows.unflatten(0, tokens.shape)
         return ops.vocab_parallel_embedding(
             tokens, self.weight, self.vocab_begin, self.comm, norm_weight=norm_weight, eps=eps
         )
 
-    def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """The tied head: [rows, hidden] -> float32 [rows, entries of this rank]."""
-        return ops.matmul(x, self.weight, float32_out=True)
+
+class VocabParallelHead(_Linear):
+    """Logits from a vocabulary that is cut over the ranks.
+
+    Args:
+        weight: [entries of this rank, hidden], or the embedding to which the head is tied.
+        vocabulary: entries of all ranks.
+        comm: the ranks that hold the others.
+        bias: [entries of this rank] or None.
+    """
+
+    def __init__(
+        self,
+        weight: torch.Tensor | VocabParallelEmbedding | None,
+        vocabulary: int,
+        comm: Communicator,
+        bias: torch.Tensor | None = None,
+        *,
+        slices: Mapping[str, Slice] | None = None,
+    ):
+        tied = isinstance(weight, VocabParallelEmbedding)
+        super().__init__(None if tied else weight, bias, slices or {})
+        if tied:
+            weight.require_loaded()
+            self.weight, self.dtype, self.loaded = weight.weight, weight.dtype, True
+        self.comm = comm
+        ranks = range(comm.world_size)
+        self.widths = [len(shard_vocabulary(vocabulary, comm.world_size, rank)) for rank in ranks]
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, comm: Communicator) -> VocabParallelHead:
+        """This rank's part of a head that every rank has whole, or on torch's meta device.
+
+        Args:
+            linear: weight [entries, hidden].
+            comm: the ranks; they are given contiguous entries, cut at multiples of 128.
+
+        Raises:
+            UsageError: not a ``torch.nn.Linear`` but a subclass or something else.
+
+        Example:
+            >>> head = VocabParallelHead.from_linear(nn.Linear(512, 32000, bias=False), comm)
+        """
+        shard = shard_vocabulary(linear.out_features, comm.world_size, comm.rank)
+        slices = _slices(linear, shard.scaled(1))
+        head = cls(None, linear.out_features, comm, slices=slices)
+        head.load_from(linear)
+        return head
+
+    def local(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [rows, hidden] -> float32 [rows, entries of this rank]; no communication."""
+        self.require_loaded()
+        return ops.matmul(x, self.weight, self.bias, float32_out=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [..., hidden] -> [..., entries of all ranks] in x's dtype, the same on every rank."""
+        self.require_loaded()
+        logits = ops.matmul(_rows(x), self.weight, self.bias)
+        if self.comm.world_size > 1:
+            # The first rank has the most entries.
+            padded = F.pad(logits, (0, self.widths[0] - logits.shape[1]))
+            every = ops.all_gather(padded, self.comm).unflatten(
+                0, (self.comm.world_size, len(logits))
+            )
+            parts = [every[rank, :, :width] for rank, width in enumerate(self.widths)]
+            logits = torch.cat(parts, dim=1)
+        return logits.unflatten(0, x.shape[:-1])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from commfuse.errors import UsageError
 
 # Vocabularies are cut at multiples of this, so that the cut does not move with the world size.
@@ -23,6 +25,37 @@ class Span:
     def scaled(self, factor: int) -> slice:
         """The rows of these indices where each has ``factor`` rows."""
         return slice(self.begin * factor, self.end * factor)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Which part of an unsharded parameter a rank holds.
+
+    Attributes:
+        shape: of the unsharded parameter.
+        rows: of its first dimension.
+        columns: of its second one; None: all, or there is none.
+
+    Example:
+        >>> Slice((8, 4), slice(0, 3)).of(torch.zeros(8, 4)).shape
+        torch.Size([3, 4])
+    """
+
+    shape: tuple[int, ...]
+    rows: slice
+    columns: slice | None = None
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        """The shape of the part."""
+        rows = self.rows.stop - self.rows.start
+        if self.columns is None:
+            return (rows, *self.shape[1:])
+        return (rows, self.columns.stop - self.columns.start)
+
+    def of(self, full: torch.Tensor) -> torch.Tensor:
+        """The part as a view of the unsharded parameter."""
+        return full[self.rows] if self.columns is None else full[self.rows, self.columns]
 
 
 @dataclass(frozen=True)
