@@ -3,8 +3,10 @@
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import nn
 
 from commfuse import ops
+from commfuse.errors import UsageError
 from commfuse.nn import (
     ColumnParallelLinear,
     GatedColumnParallelLinear,
@@ -28,7 +30,7 @@ HIDDEN, FEATURES, VOCABULARY, ROWS, EPS = 48, 77, 300, 5, 1e-5
 
 def run() -> list[str]:
     """What is wrong, of everything here."""
-    return parts() + blocks()
+    return parts() + state_dicts() + blocks()
 
 
 def parts() -> list[str]:
@@ -47,6 +49,53 @@ def parts() -> list[str]:
                     failures.append(f"{name} {dtype}: returns {ours.dtype}")
                 if not error <= tolerance:
                     failures.append(f"{name} {dtype}: error {error:.2g}")
+    return failures
+
+
+def state_dicts() -> list[str]:
+    """Modules made from whole layers: their state dicts have the layers' keys, take the layers'
+    tensors and this rank's, and refuse others.
+    """
+    failures = []
+    with Communicator(dist.group.WORLD) as comm:
+        torch.manual_seed(5)
+        kinds = (
+            (ColumnParallelLinear.from_linear, lambda: nn.Linear(HIDDEN, FEATURES)),
+            (RowParallelLinear.from_linear, lambda: nn.Linear(FEATURES, HIDDEN)),
+            (VocabParallelHead.from_linear, lambda: nn.Linear(HIDDEN, VOCABULARY, bias=False)),
+            (VocabParallelEmbedding.from_embedding, lambda: nn.Embedding(VOCABULARY, HIDDEN)),
+        )
+        for make, layer in kinds:
+            whole, name = layer(), make.__qualname__
+            ours = make(whole, comm)
+            state = ours.state_dict()
+            for key, tensor in whole.state_dict().items():
+                if not torch.equal(state.pop(key), ours.slices[key].of(tensor)):
+                    failures.append(f"{name}: {key} is not this rank's part")
+            if state:
+                failures.append(f"{name}: more keys {list(state)}")
+            with torch.device("meta"):
+                empty = make(layer(), comm)
+            try:
+                empty(torch.zeros(1, 1, dtype=torch.int64))
+                failures.append(f"{name}: runs without weights")
+            except UsageError:
+                pass
+            # Whole tensors of another layer, into a loaded module and an empty one; then its own.
+            other = layer().state_dict()
+            for module in (ours, empty):
+                module.load_state_dict(other)
+                module.load_state_dict(module.state_dict())
+                for key, part in module.state_dict().items():
+                    if not torch.equal(part, module.slices[key].of(other[key])):
+                        failures.append(f"{name}: {key} was not loaded")
+            wrong = [{}, {**other, "more": torch.zeros(1)}, {**other, "weight": torch.zeros(7, 7)}]
+            for state in wrong:
+                try:
+                    ours.load_state_dict(state)
+                    failures.append(f"{name}: takes {list(state)}")
+                except RuntimeError:
+                    pass
     return failures
 
 
