@@ -34,7 +34,7 @@ class ShardedModule(nn.Module):
 
     def parts(self) -> dict[str, torch.Tensor]:
         """Copies of this rank's parts, by the keys of ``slices``."""
-        raise NotImplementedError
+        raise NotImplementedError  # each kind of layer has its own, as of _take()
 
     def _take(self, parts: Mapping[str, torch.Tensor]) -> None:
         raise NotImplementedError

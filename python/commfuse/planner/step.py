@@ -144,6 +144,16 @@ def _kernels(setting: Setting) -> int:
     return _KERNELS + _NORM_KERNELS * setting.model.qk_norm + _QUANTISE_KERNELS * quantised
 
 
+def _layer_gemms(setting: Setting, stage: Stage, rows: float) -> tuple[float, float]:
+    """Seconds of the GEMMs of a stage's layers: reading weights, and what comes on top."""
+    weight_bytes = WEIGHT_BYTES[setting.precision.weights]
+    reading = more = 0.0
+    for k, n in setting.model.gemms(stage.tp):
+        a, b = _gemm(setting, stage.tp, rows, k, n, weight_bytes)
+        reading, more = reading + a * stage.layers, more + b * stage.layers
+    return reading, more
+
+
 @functools.lru_cache(maxsize=200_000)
 def stage_decode(
     setting: Setting, stage: Stage, requests: float, context: float, rows: float
@@ -158,11 +168,7 @@ def stage_decode(
     """
     model, calibration, tp, layers = setting.model, setting.calibration, stage.tp, stage.layers
     shard = model.shard(tp)
-    weight_bytes = WEIGHT_BYTES[setting.precision.weights]
-    reading = more = 0.0
-    for k, n in model.gemms(tp):
-        a, b = _gemm(setting, tp, rows, k, n, weight_bytes)
-        reading, more = reading + a * layers, more + b * layers
+    reading, more = _layer_gemms(setting, stage, rows)
     # Every stage is a process that prepares its own pass.
     host = calibration.step + calibration.request * requests
     if stage.last:
@@ -192,11 +198,7 @@ def stage_prefill(setting: Setting, stage: Stage, tokens: float, before: float) 
     """One stage's pass over ``tokens`` of a prompt of which ``before`` are already in the cache."""
     model, calibration, tp, layers = setting.model, setting.calibration, stage.tp, stage.layers
     shard = model.shard(tp)
-    weight_bytes = WEIGHT_BYTES[setting.precision.weights]
-    reading = more = 0.0
-    for k, n in model.gemms(tp):
-        a, b = _gemm(setting, tp, tokens, k, n, weight_bytes)
-        reading, more = reading + a * layers, more + b * layers
+    reading, more = _layer_gemms(setting, stage, tokens)
     pairs = tokens * (before + tokens / 2)
     device = setting.cluster.device
     attention = 4 * pairs * shard.heads * model.head_dim
