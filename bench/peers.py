@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from commfuse import ops
+from commfuse.bench import sampling_peers
 from commfuse.ops.matmul import reference as matmul_reference
 from commfuse.runtime.communicator import Communicator
 from commfuse.testing.adapter import Adapter, Inputs, Outputs
@@ -114,10 +115,24 @@ def _torch_attention(inputs: Inputs, comm: Communicator) -> Outputs:
     return (out[0].transpose(0, 1).flatten(1),)
 
 
+def _drawn_by_torch(call: Callable[[Inputs, Communicator], Outputs]) -> Peer:
+    # Our own `torch` backend draws the very tokens of the others, in float64, and is no measure.
+    return Peer(
+        "gather+torch",
+        call,
+        beside="cpu",
+        prepare=sampling_peers.prepare,
+        check=sampling_peers.check,
+        baseline=True,
+    )
+
+
 CPU_PEERS: dict[str, tuple[Peer, ...]] = {
     "matmul_all_reduce": (
         Peer("gemm", _gemm, beside="cpu", check=check_gemm, partial=True),
         Peer("gemm+all_reduce", _gemm_then_all_reduce, beside="cpu"),
     ),
     "attention": (Peer("torch", _torch_attention, prepare=_dense_cache),),
+    "vocab_parallel_sample": (_drawn_by_torch(sampling_peers.sample),),
+    "verify_chain": (_drawn_by_torch(sampling_peers.verify),),
 }

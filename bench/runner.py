@@ -388,7 +388,11 @@ def _row(
     time, case, streamed = times[name], adapter.case, adapter.streamed_bytes()
     peers = {peer.name: peer for peer in peers_of(case.op, options.device)}
     partial = name in peers and peers[name].partial
-    torch_time = times.get("torch")
+    by_torch = [p.name for p in peers.values() if p.baseline] if options.device == "cpu" else []
+    torch_time = min(
+        (times[n] for n in by_torch if n in times), key=lambda t: t.p50_us, default=None
+    )
+    torch_time = torch_time or times.get("torch")
     streamed_gb_per_s = fraction = None
     if streamed and case["m"] == 1 and (read_gb_per_s or options.device == "cuda"):
         streamed_gb_per_s = streamed / time.p50_us / 1e3
