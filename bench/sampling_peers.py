@@ -59,7 +59,8 @@ def _draw(probabilities: torch.Tensor) -> torch.Tensor:
 def sample(inputs: Inputs, comm: Communicator) -> Outputs:
     """(tokens [m],), and their log-probabilities where they are asked for."""
     logits = _gather(inputs["logits"], inputs["widths"], comm)
-    tokens = _draw(_probabilities(logits, inputs, 1))
+    greedy = inputs["sampling"].greedy
+    tokens = logits.argmax(dim=1) if greedy else _draw(_probabilities(logits, inputs, 1))
     if not inputs["logs"]:
         return (tokens,)
     return tokens, logits.float().log_softmax(dim=1).gather(1, tokens[:, None])[:, 0]
@@ -74,6 +75,10 @@ def verify(inputs: Inputs, comm: Communicator) -> Outputs:
     drafts = inputs["drafts"]
     batch, longest = drafts.shape
     logits = _gather(inputs["logits"], inputs["widths"], comm)
+    if inputs["sampling"].greedy:
+        tokens = logits.argmax(dim=1).view(batch, longest + 1)
+        accepted = (tokens[:, :-1] == drafts).long().cumprod(dim=1).sum(dim=1)
+        return tokens.masked_fill(torch.arange(longest + 1) > accepted[:, None], -1), accepted
     p = _probabilities(logits, inputs, longest + 1).view(batch, longest + 1, -1)
     if "draft_probabilities" in inputs:
         q = _gather(inputs["draft_probabilities"], inputs["widths"], comm).view(batch, longest, -1)
