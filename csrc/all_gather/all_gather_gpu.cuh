@@ -10,7 +10,7 @@ namespace commfuse::gpu {
 // The message of rank r goes to out + r * stride. T has the elements' size: their alignment is all
 // that is known of it.
 template <class T, int kWorld>
-__global__ void __launch_bounds__(1024)
+__global__ void __launch_bounds__(kMostLineThreads)
     all_gather_by_lines(const __grid_constant__ Workspace workspace,
                         const __grid_constant__ Announcement announcement, const T* x, T* out,
                         int64_t stride, int64_t n) {

@@ -1,11 +1,10 @@
-// All-reduce between GPUs, in four ways:
+// All-reduce between GPUs, in three ways:
 //
 //   one-shot by lines   every rank sends everybody its message, everybody adds: one hop
 //   two-shot by lines   part d of everybody goes to rank d, which adds and sends the sum: two hops
-//   two-shot in bulk    the same through slots and words, whose bytes are the message's own
-//   in place            x lies in memory that all ranks map: rank d reads part d of everybody's x
-//                       and writes the sum into everybody's x, between two barriers. Nobody else
-//                       touches part d, and nothing is staged.
+//   in bulk             the message lies in memory that all ranks map: rank d reads part d of
+//                       everybody's and writes the sum over it, between two barriers. Nobody else
+//                       touches part d. A message that lies elsewhere is staged.
 //
 // Every sum is formed in float32 in rank order, + a residual (null, or equal on all ranks), and
 // rounded once.
@@ -18,12 +17,12 @@ namespace commfuse::gpu {
 
 // One-shot. The threads of all blocks deal out the packs; each sends its packs and adds what comes.
 template <class T, int kWorld>
-__global__ void __launch_bounds__(1024)
+__global__ void __launch_bounds__(kMostLineThreads, 2)
     all_reduce_one_shot(const __grid_constant__ Workspace workspace,
                         const __grid_constant__ Announcement announcement, const T* x,
-                        const T* residual, T* out, int64_t n) {
+                        const T* residual, T* out, int64_t n, bool successor_early) {
   Exchange exchange(workspace, blockIdx.x, gridDim.x);
-  wait_for_predecessor();
+  wait_for_predecessor(successor_early);
   const Row<const T> from(x, n), addend(residual, n);
   const Row<T> to(out, n);
   const int64_t packs = (n + kPackElements<T> - 1) / kPackElements<T>;
@@ -62,12 +61,12 @@ __global__ void __launch_bounds__(1024)
 
 // Two-shot by lines. Pack d * part + j belongs to part d; one thread handles pack j of all parts.
 template <class T, int kWorld>
-__global__ void __launch_bounds__(1024)
+__global__ void __launch_bounds__(kMostLineThreads, 2)
     all_reduce_two_shot(const __grid_constant__ Workspace workspace,
                         const __grid_constant__ Announcement announcement, const T* x,
-                        const T* residual, T* out, int64_t n) {
+                        const T* residual, T* out, int64_t n, bool successor_early) {
   Exchange exchange(workspace, blockIdx.x, gridDim.x);
-  wait_for_predecessor();
+  wait_for_predecessor(successor_early);
   if (!exchange.begin_block()) return;
   const int rank = exchange.rank(), world = exchange.world();
   const Row<const T> from(x, n), addend(residual, n);
@@ -121,104 +120,98 @@ __global__ void __launch_bounds__(1024)
   exchange.finish();
 }
 
-// Two-shot in bulk. A block handles the same stretch of every part, so that its words and those of
-// the blocks of its number are all it needs.
+// Deals out load(i) -> store(i), i < count, to the threads of the block: four of each are on their
+// way at once, which a loop of loads and stores that may alias does not bring about.
+template <class Load, class Store>
+__device__ __forceinline__ void move_units(int count, Load load, Store store) {
+  constexpr int kBatch = 4;
+  const int step = static_cast<int>(blockDim.x);
+  for (int first = static_cast<int>(threadIdx.x); first < count; first += kBatch * step) {
+    uint4 unit[kBatch];
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      if (first + k * step < count) unit[k] = load(first + k * step);
+    }
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      if (first + k * step < count) store(first + k * step, unit[k]);
+    }
+  }
+}
+
+// The same n elements on every rank, in memory that all map; aligned to 16 bytes, in whole units.
+struct PeerTensor {
+  void* data[kMaxRanks];
+};
+
+// In bulk. Rank d alone reads part d of everybody's x and writes the sum over it, between two
+// barriers. A block handles the same stretch of every part, so that its words and those of the
+// blocks of its number are all it needs. `from` is copied into x first, and the sum from x to `out`
+// last; either may be null: it lies there already, it stays there.
 template <class T, int kWorld>
-__global__ void __launch_bounds__(512)
+__global__ void __launch_bounds__(512, 2)
     all_reduce_bulk(const __grid_constant__ Workspace workspace,
-                    const __grid_constant__ Announcement announcement, const T* x,
-                    const T* residual, T* out, int64_t n) {
+                    const __grid_constant__ Announcement announcement,
+                    const __grid_constant__ PeerTensor x, const T* from, const T* residual, T* out,
+                    int64_t n, bool successor_early) {
   Exchange exchange(workspace, blockIdx.x, gridDim.x);
-  wait_for_predecessor();
+  wait_for_predecessor(successor_early);
   if (!exchange.begin_block()) return;
   if (blockIdx.x == 0) exchange.announce(announcement);
   const int rank = exchange.rank(), world = exchange.world();
-  const Units<const T> from(x, n), addend(residual, n);
-  const Units<T> to(out, n);
   constexpr int kElements = 16 / static_cast<int>(sizeof(T));
-  const int64_t part = ((n + kElements - 1) / kElements + world - 1) / world;
+  const int64_t units = (n + kElements - 1) / kElements, part = (units + world - 1) / world;
   const int64_t stretch = (part + gridDim.x - 1) / gridDim.x;
-  const int64_t begin = blockIdx.x * stretch + threadIdx.x;
-  const int64_t end = min(part, (blockIdx.x + 1) * stretch);
-  const auto place = [&](int owner, int phase, int source) {
-    return reinterpret_cast<uint4*>(exchange.slot(owner, phase, source));
+  const int64_t begin = min(part, blockIdx.x * stretch), end = min(part, begin + stretch);
+  const auto at = [&](int r) { return reinterpret_cast<uint4*>(x.data[r]); };
+  uint4* mine = at(rank);
+  // What is staged is small enough for 32 bits.
+  const int length = static_cast<int>(end - begin);
+  const auto unit_at = [&](int i) {
+    const int d = i / length;
+    return d * part + begin + (i - d * length);
   };
 
-#pragma unroll
-  for (int i = 0; i < kWorld; ++i) {
-    // Each rank begins with another peer, so that no memory has to take all ranks' stores at once.
-    const int d = (rank + i) % world;
-    if (i >= world) break;
-    uint4* slot = place(d, 0, rank);
-#pragma unroll 4
-    for (int64_t j = begin; j < end; j += blockDim.x) slot[j] = from.load(d * part + j);
+  if (from) {
+    const Units<const T> source(from, n);
+    move_units(
+        world * length,
+        [&](int i) { return unit_at(i) < units ? source.load(unit_at(i)) : uint4{}; },
+        [&](int i, uint4 value) {
+          if (unit_at(i) < units) mine[unit_at(i)] = value;
+        });
   }
   exchange.publish(0, announcement.tag);
   if (!exchange.await(0, announcement.tag)) return;
 
-#pragma unroll 2
-  for (int64_t j = begin; j < end; j += blockDim.x) {
+  const Units<const T> addend(residual, n);
+  const Units<T> to(out, n);
+  const int64_t base = rank * part;
+#pragma unroll(kWorld < 8 ? 2 : 1)
+  for (int64_t unit = base + begin + threadIdx.x; unit < min(units, base + end);
+       unit += blockDim.x) {
     UnitSum<T, kWorld> sum;
-    sum.load(world, [&](int s) { return place(rank, 0, s) + j; });
+    sum.load(world, [&](int s) { return at(s) + unit; });
     uint4 more;
-    if (residual) more = addend.load(rank * part + j);
+    if (residual) more = addend.load(unit);
     const uint4 total = sum.total(world, residual ? &more : nullptr);
 #pragma unroll
     for (int p = 0; p < kWorld; ++p) {
-      if (p < world && p != rank) place(p, 1, rank)[j] = total;
+      if (p < world && !(out && p == rank)) at(p)[unit] = total;
     }
-    to.store(rank * part + j, total);
+    if (out) to.store(unit, total);
   }
   exchange.publish(1, announcement.tag);
   if (!exchange.await(1, announcement.tag)) return;
 
-#pragma unroll
-  for (int d = 0; d < kWorld; ++d) {
-    if (d >= world || d == rank) continue;
-    const uint4* slot = place(rank, 1, d);
-#pragma unroll 4
-    for (int64_t j = begin; j < end; j += blockDim.x) to.store(d * part + j, __ldcg(slot + j));
+  if (out) {
+    const auto wanted = [&](int i) { return i / length != rank && unit_at(i) < units; };
+    move_units(
+        world * length, [&](int i) { return wanted(i) ? __ldcg(mine + unit_at(i)) : uint4{}; },
+        [&](int i, uint4 value) {
+          if (wanted(i)) to.store(unit_at(i), value);
+        });
   }
-  exchange.finish();
-}
-
-struct PeerTensor {
-  void* data[kMaxRanks];  // the same tensor on every rank, as this rank maps it
-};
-
-// In place; n elements are whole units, aligned to 16 bytes. The words of phase 1 are the barrier
-// that a tensor read in place needs: nobody writes to it again before all have read.
-template <class T, int kWorld>
-__global__ void __launch_bounds__(512)
-    all_reduce_in_place(const __grid_constant__ Workspace workspace,
-                        const __grid_constant__ Announcement announcement,
-                        const __grid_constant__ PeerTensor x, int64_t n) {
-  Exchange exchange(workspace, blockIdx.x, gridDim.x);
-  wait_for_predecessor();
-  if (!exchange.begin_block()) return;
-  if (blockIdx.x == 0) exchange.announce(announcement);
-  exchange.publish(0, announcement.tag);
-  const int rank = exchange.rank(), world = exchange.world();
-  constexpr int kElements = 16 / static_cast<int>(sizeof(T));
-  const int64_t units = n / kElements, part = (units + world - 1) / world;
-  const int64_t stretch = (part + gridDim.x - 1) / gridDim.x;
-  const int64_t base = rank * part;
-  const int64_t begin = base + blockIdx.x * stretch + threadIdx.x;
-  const int64_t end = min(units, base + min(part, (blockIdx.x + 1) * stretch));
-  if (!exchange.await(0, announcement.tag)) return;
-
-#pragma unroll 2
-  for (int64_t j = begin; j < end; j += blockDim.x) {
-    UnitSum<T, kWorld> sum;
-    sum.load(world, [&](int s) { return reinterpret_cast<const uint4*>(x.data[s]) + j; });
-    const uint4 total = sum.total(world);
-#pragma unroll
-    for (int i = 0; i < kWorld; ++i) {
-      if (i < world) reinterpret_cast<uint4*>(x.data[i])[j] = total;
-    }
-  }
-  exchange.publish(1, announcement.tag);
-  if (!exchange.await(1, announcement.tag)) return;
   exchange.finish();
 }
 

@@ -11,7 +11,8 @@ enum class AllReduce { one_shot, two_shot, bulk };
 // Bytes that one call can carry.
 int64_t all_reduce_capacity(const Workspace& workspace, AllReduce algorithm);
 
-// out[n] = sum over ranks of x[n], + residual[n] unless that is null; out may be x.
+// out[n] = sum over ranks of x[n], + residual[n] unless that is null; out may be x. In bulk, x is
+// copied to this rank's workspace.staging() first, unless it lies there.
 void all_reduce(const CallSite& site, AllReduce algorithm, DType dtype, const void* x,
                 const void* residual, void* out, int64_t n);
 

@@ -20,8 +20,9 @@ struct RMSNormArgs {
 // Any number of rows, in as many launches as it takes; two ranks or more.
 inline void all_reduce_rms_norm_all(GpuCall& call, const Descriptor& descriptor,
                                     const RMSNormArgs& a) {
+  const bool behind_gemm = call.behind_gemm;
   all_reduce_all(call, descriptor, a.dtype, a.x, a.residual, a.out, a.rows * a.n);
-  rms_norm(a.dtype, a.out, a.weight, a.eps, a.y, a.rows, a.n, call.stream);
+  rms_norm(a.dtype, a.out, a.weight, a.eps, a.y, a.rows, a.n, call.stream, behind_gemm);
 }
 
 }  // namespace commfuse::gpu

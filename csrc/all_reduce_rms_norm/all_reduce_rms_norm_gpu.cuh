@@ -32,12 +32,12 @@ constexpr int kNormThreads = 512;
 
 // A block for each row.
 template <class T>
-__global__ void __launch_bounds__(kNormThreads)
-    rms_norm_rows(const T* x, const T* weight, float eps, T* y, int n) {
+__global__ void __launch_bounds__(kNormThreads, 2)
+    rms_norm_rows(const T* x, const T* weight, float eps, T* y, int n, bool successor_early) {
   constexpr int kHeld = 2;  // units of the row that a thread keeps; more are read again
   constexpr int kElements = 16 / static_cast<int>(sizeof(T));
   __shared__ float partial[32];
-  wait_for_predecessor();
+  wait_for_predecessor(successor_early);
   const int units = (n + kElements - 1) / kElements;
   const int64_t offset = int64_t{blockIdx.x} * n;
   const Units<const T> from(x + offset, n), factor(weight, n);

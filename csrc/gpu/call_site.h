@@ -12,6 +12,7 @@ struct CallSite {
   const Descriptor& descriptor;
   int max_blocks;  // that surely run at the same time, on every rank
   cudaStream_t stream;
+  bool behind_gemm = false;  // of ours: see wait_for_predecessor (protocol.cuh)
 };
 
 }  // namespace commfuse::gpu

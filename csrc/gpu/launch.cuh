@@ -39,7 +39,7 @@ struct Grid {
 inline Grid line_grid(int64_t bytes, const CallSite& site) {
   const int64_t packs = std::max<int64_t>(1, (bytes + 7) / 8);
   int threads = 128;
-  while (threads < 1024 && threads * int64_t{site.max_blocks} < packs) threads *= 2;
+  while (threads < kMostLineThreads && threads * int64_t{site.max_blocks} < packs) threads *= 2;
   const int64_t blocks = std::min<int64_t>((packs + threads - 1) / threads, site.max_blocks);
   return {static_cast<int>(blocks), threads, site.stream};
 }

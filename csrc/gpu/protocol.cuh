@@ -51,12 +51,15 @@ __device__ __forceinline__ uint64_t now_ns() {
 
 // R3: a kernel may be launched before its predecessor in the stream has ended; what it does before
 // this must not touch memory that another kernel writes. The successor may be launched from here
-// on. (Not earlier: ranks that share a GPU would then wait for each other with three kernels each
-// in place, and a GEMM's blocks found no multiprocessor: 57 against 50 us, W = 2, 4096 -> 8192.)
-__device__ __forceinline__ void wait_for_predecessor() {
+// on; with successor_early already when all blocks have come here. That is for a kernel behind a
+// GEMM of ours, which itself lets nobody start before it may read x: the next GEMM then takes the
+// multiprocessors that this one leaves, block by block, and fetches its weights during the
+// exchange. Kernels that all did so would pile up, without end, where a late rank's should run.
+__device__ __forceinline__ void wait_for_predecessor(bool successor_early = false) {
 #if __CUDA_ARCH__ >= 900
+  if (successor_early) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  if (!successor_early) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 

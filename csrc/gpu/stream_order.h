@@ -1,7 +1,7 @@
-// What a kernel may read before its predecessor has ended. Ours start early (launch.cuh), and a
-// GEMM fetches its weights at once; only where the predecessor is a kernel of ours that writes them
-// must it wait. (Other predecessors have ended when ours start, and so have the predecessors of
-// ours.)
+// What a kernel may read before its predecessors have ended. Ours start early (launch.cuh), and a
+// GEMM fetches its weights at once; only where one of the two ops of ours before it writes them
+// must it wait: a GEMM, and the exchange behind it. (Those before that GEMM have ended, and so have
+// other predecessors than ours: protocol.cuh, wait_for_predecessor.)
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -16,7 +16,7 @@ struct Range {
   int64_t bytes;
 };
 
-// After each launch of a kernel of ours: what it writes besides workspaces.
+// After the launches of each op of ours, in order: what it writes besides workspaces.
 void wrote(int device, cudaStream_t stream, std::initializer_list<Range> ranges);
 
 // Whether nothing that may still be running in the stream writes there.

@@ -32,7 +32,9 @@ class GpuCall {
   Attachment& gpu() const { return *communicator.gpu(); }
   int world() const { return communicator.world(); }
   CallSite enter(const Descriptor& descriptor, int64_t bytes_sent) {
-    return gpu().enter(descriptor, stream, bytes_sent);
+    CallSite site = gpu().enter(descriptor, stream, bytes_sent);
+    site.behind_gemm = std::exchange(behind_gemm, false);
+    return site;
   }
   void wrote(std::initializer_list<Range> ranges) const {
     gpu::wrote(gpu().device(), stream, ranges);
@@ -40,6 +42,7 @@ class GpuCall {
 
   Communicator& communicator;
   cudaStream_t stream;
+  bool behind_gemm = false;  // the next launch that enters
 
  private:
   c10::cuda::CUDAGuard guard_;

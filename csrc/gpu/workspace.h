@@ -13,6 +13,8 @@
 //   tile words    [parity][phase][source][tile] generation
 //   lines         [parity][source] flag-in-data: 8-byte units of 4 bytes of data and 4 of flag
 //   slots         [parity][phase][source] payload
+//   staging       what a bulk all-reduce reads and overwrites in place (one half: such a call ends
+//                 with a barrier)
 #pragma once
 
 #include <cstddef>
@@ -27,6 +29,9 @@ constexpr int kMaxGrid = 256;  // blocks that wait must all run at once
 // Lines of one source: flag-in-data doubles the bytes, so it is for messages that cost latency
 // rather than bandwidth.
 constexpr int64_t kLineBytes = 4 << 20;
+// Of a block that exchanges lines: at 64 registers each, half of a multiprocessor's. A block of the
+// next GEMM finds room beside it.
+constexpr int kMostLineThreads = 512;
 constexpr int64_t kSquares = 64 * 1024;  // floats
 constexpr int kMaxTiles = 4096;          // of 64 columns
 
@@ -46,8 +51,12 @@ static_assert(kDescriptors % 128 == 0 && kWords % 128 == 0 && kLines % 128 == 0)
 constexpr int64_t slots_offset(int world) {
   return round_up(kLines + 2 * world * kLineBytes, 4096);
 }
-constexpr int64_t workspace_bytes(int world, int64_t slot_bytes) {
+constexpr int64_t staging_bytes(int world, int64_t slot_bytes) { return world * slot_bytes; }
+constexpr int64_t staging_offset(int world, int64_t slot_bytes) {
   return slots_offset(world) + 2 * kPhases * world * slot_bytes;
+}
+constexpr int64_t workspace_bytes(int world, int64_t slot_bytes) {
+  return staging_offset(world, slot_bytes) + staging_bytes(world, slot_bytes);
 }
 
 // A kernel's parameter.
@@ -60,6 +69,8 @@ struct Workspace {
   // In host memory: set when the host or a rank on the CPU has failed. Read only by slow waits.
   const uint32_t* host_failed;
   GpuReport* report;  // this rank's, in host memory too
+
+  char* staging(int r) const { return base[r] + staging_offset(world, slot_bytes); }
 };
 
 // What a kernel announces of its call.

@@ -1,6 +1,7 @@
 // The fused kernel for few rows; else a GEMM of torch's and our all-reduce.
 #include <ATen/ops/add.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/from_blob.h>
 #include <ATen/ops/linear.h>
 
 #include "all_reduce_rms_norm/all_reduce_rms_norm_cuda.h"
@@ -23,10 +24,21 @@ std::pair<at::Tensor, at::Tensor> unfused(GpuCall& call, const Descriptor& descr
                                           const Tail& tail) {
   at::Tensor product;
   if (matmul_serves(x) && w.size(0) > 0) {
-    product = at::empty({x.size(0), w.size(0)}, x.options());
+    // An all-reduce in bulk then has nothing to stage. Nobody reads there: the last such call ended
+    // with a barrier.
+    const int64_t bytes = x.size(0) * w.size(0) * static_cast<int64_t>(size_of(dtype));
+    const Workspace& workspace = call.gpu().workspace();
+    if (all_reduce_algorithm(call.gpu(), bytes) == AllReduce::bulk &&
+        bytes <= all_reduce_capacity(workspace, AllReduce::bulk)) {
+      product =
+          at::from_blob(workspace.staging(workspace.rank), {x.size(0), w.size(0)}, x.options());
+    } else {
+      product = at::empty({x.size(0), w.size(0)}, x.options());
+    }
     matmul(matmul_args(x, w, call.gpu().max_blocks(), call.stream), nullptr,
            product.mutable_data_ptr(), call.stream);
     call.wrote({range_of(product)});
+    call.behind_gemm = true;
   } else {
     product = at::linear(x, w);
   }
