@@ -117,14 +117,17 @@ class Requests:
 def differences(label: str, out, expected) -> Found:
     """Of tokens and counts, exactly; of log-probabilities, beyond rounding."""
     found = []
-    for name, ours, due in zip(("tokens", "accepted"), out, expected, strict=False):
-        if not torch.equal(ours.cpu(), due):
-            rows = (ours.cpu() != due).view(len(due), -1).any(dim=1).nonzero()[:, 0].tolist()
-            found.append(f"{label}: other {name} of requests {rows[:8]} ({len(rows)} of them)")
-    if expected[-1] is not None and expected[-1].is_floating_point():
-        off = (out[-1].cpu() - expected[-1]).abs().max().item() if len(expected[-1]) else 0
-        if not off < 2e-5:
-            found.append(f"{label}: log-probabilities differ by {off}")
+    for ours, due in zip(out, expected, strict=True):
+        if due is None or due.numel() == 0:
+            continue
+        off = (ours.cpu() - due).abs().view(len(due), -1).amax(dim=1)
+        allowed = 2e-5 if due.is_floating_point() else 0
+        rows = (~(off <= allowed)).nonzero()[:, 0].tolist()  # NaN is not allowed either
+        if rows:
+            found.append(
+                f"{label}: {due.dtype} of {len(rows)} of {len(due)} requests differ, as of "
+                f"{rows[:8]}, by up to {off.max().item():g}"
+            )
     return found
 
 
@@ -157,7 +160,7 @@ def verified(comm) -> Found:
 def sampled(comm) -> Found:
     """vocab_parallel_sample and vocab_parallel_argmax; requests that take several launches."""
     found = []
-    for size, rows in ((1, 1), (300, 20), (5000, 200), (128256, 8), (257, 2500)):
+    for size, rows in ((1, 1), (300, 20), (5000, 200), (128256, 8), (257, 1300)):
         for kind in OPTIONS:
             for draft in (False, True):
                 made = Requests(kind, size, rows, 0, torch.bfloat16, size + draft)
