@@ -13,7 +13,8 @@ GPU_PYTHON ?= python3
 GPU_CC ?= /usr/bin/gcc
 GPU_CXX ?= /usr/bin/g++
 GPU_RANKS ?= 2,4,8
-GPU_OPS ?= all_reduce all_reduce_rms_norm matmul_all_reduce reduce_scatter all_gather
+GPU_OPS ?= all_reduce all_reduce_rms_norm matmul_all_reduce reduce_scatter all_gather verify_chain \
+  vocab_parallel_sample vocab_parallel_argmax
 GPU_SECONDS ?= 300
 OUT ?= build/gpu-rows
 

@@ -5,6 +5,7 @@ and the parts of an op by themselves.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -12,6 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from commfuse import ops
+from commfuse.bench import sampling_peers
 from commfuse.bench.peers import Peer, check_gemm, gemm_then_all_reduce
 from commfuse.ops.all_reduce import reference as all_reduce_reference
 from commfuse.runtime.communicator import SYMMETRIC_MEMORY, Communicator
@@ -153,12 +155,74 @@ def _check_all_reduce(inputs: list[Inputs], rank: int, outputs: Outputs) -> str 
     return complaint(outputs[0], sum(xs[1:], start=xs[0]), all_reduce_reference(xs))
 
 
+def _with_alone(adapter: Adapter, inputs: Inputs, comm: Communicator) -> Inputs:
+    """The inputs, and a communicator of this rank alone."""
+    if "alone" not in comm.backends:
+        alone = Communicator(device=comm.device)
+        weakref.finalize(comm, alone.close)
+        comm.backends["alone"] = alone
+    return {
+        **inputs,
+        "widths": sampling_peers.widths(adapter, comm),
+        "logs": "logs" in adapter.case.options,
+        "alone": comm.backends["alone"],
+    }
+
+
+def _gathered(inputs: Inputs, comm: Communicator, name: str) -> torch.Tensor | None:
+    if name not in inputs:
+        return None
+    return sampling_peers.gather(inputs[name], inputs["widths"], comm)
+
+
+def _gather_then_argmax(inputs: Inputs, comm: Communicator) -> Outputs:
+    logits = _gathered(inputs, comm, "logits")
+    return (ops.vocab_parallel_argmax(logits, 0, inputs["alone"], "cuda"),)
+
+
+def _results(outputs: tuple[torch.Tensor | None, ...]) -> Outputs:
+    return tuple(x for x in outputs if x is not None)
+
+
+def _gather_then_sample(inputs: Inputs, comm: Communicator) -> Outputs:
+    return _results(
+        ops.vocab_parallel_sample(
+            _gathered(inputs, comm, "logits"), inputs["sampling"], inputs["positions"], 0,
+            inputs["alone"], log_probabilities=inputs["logs"], backend="cuda",
+        )
+    )  # fmt: skip
+
+
+def _gather_then_verify(inputs: Inputs, comm: Communicator) -> Outputs:
+    return _results(
+        ops.verify_chain(
+            _gathered(inputs, comm, "logits"), inputs["drafts"], inputs["draft_lengths"],
+            inputs["sampling"], inputs["positions"], 0, inputs["alone"],
+            draft_probabilities=_gathered(inputs, comm, "draft_probabilities"),
+            log_probabilities=inputs["logs"], backend="cuda",
+        )
+    )  # fmt: skip
+
+
 def _peer(name: str, call, obstacle=_ranks_obstacle, **attributes) -> Peer:
     return Peer(name, call, layout="cuda", beside="cuda", obstacle=obstacle, **attributes)
 
 
 def _torch_peer(name: str, call, **attributes) -> Peer:
     return _peer(name, call, _symmetric_obstacle, baseline=True, **attributes)
+
+
+def _draws(ours, torchs) -> tuple[Peer, ...]:
+    """What a drawing op is compared with: the logits gathered by our all_gather, then the same
+    kernel on one rank, or torch's ops.
+    """
+    return (
+        _peer("gather+cuda", ours, prepare=_with_alone),
+        Peer(
+            "gather+torch", torchs, layout="cuda", beside="cuda", prepare=sampling_peers.prepare,
+            check=sampling_peers.check, baseline=True,
+        ),
+    )  # fmt: skip
 
 
 GPU_PEERS: dict[str, tuple[Peer, ...]] = {
@@ -181,4 +245,7 @@ GPU_PEERS: dict[str, tuple[Peer, ...]] = {
         _torch_peer("cublas+one_shot", _cublas_then_one_shot),
         _torch_peer("cublas+two_shot", _cublas_then_two_shot),
     ),
+    "vocab_parallel_argmax": (_peer("gather+cuda", _gather_then_argmax, prepare=_with_alone),),
+    "vocab_parallel_sample": _draws(_gather_then_sample, sampling_peers.sample),
+    "verify_chain": _draws(_gather_then_verify, sampling_peers.verify),
 }

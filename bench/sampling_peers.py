@@ -6,25 +6,41 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from commfuse import ops
 from commfuse.nn.sharding import shard_vocabulary
 from commfuse.runtime.communicator import Communicator
 from commfuse.testing.adapter import Adapter, Inputs, Outputs
 
 
+def widths(adapter: Adapter, comm: Communicator) -> list[int]:
+    """Of all shards."""
+    size, world = adapter.case["vocabulary"], comm.world_size
+    return [len(shard_vocabulary(size, world, rank)) for rank in range(world)]
+
+
 def prepare(adapter: Adapter, inputs: Inputs, comm: Communicator) -> Inputs:
-    """The inputs, and the widths of all shards."""
-    size = adapter.case["vocabulary"]
-    widths = [len(shard_vocabulary(size, comm.world_size, r)) for r in range(comm.world_size)]
-    return {**inputs, "widths": widths, "logs": "logs" in adapter.case.options}
+    """The inputs, the widths of all shards, and what a call must not ask a GPU for."""
+    sampling = inputs["sampling"]
+    return {
+        **inputs,
+        "widths": widths(adapter, comm),
+        "logs": "logs" in adapter.case.options,
+        "greedy": bool((sampling.temperature == 0).any()),
+        "all greedy": sampling.greedy,
+        "truncated": bool((sampling.top_k > 0).any() or (sampling.top_p < 1).any()),
+    }
 
 
-def _gather(shard: torch.Tensor, widths: list[int], comm: Communicator) -> torch.Tensor:
-    """All columns; narrow shards travel padded, since gloo gathers equal sizes only."""
+def gather(shard: torch.Tensor, widths: list[int], comm: Communicator) -> torch.Tensor:
+    """All columns: by gloo on the CPU, by our all_gather on a GPU. Narrow shards travel padded."""
     if comm.world_size == 1:
         return shard
     padded = F.pad(shard, (0, max(widths) - shard.shape[1]))
-    parts = [torch.empty_like(padded) for _ in widths]
-    dist.all_gather(parts, padded, group=comm.group)
+    if shard.is_cuda:
+        parts = ops.all_gather(padded, comm, "cuda").chunk(comm.world_size)
+    else:
+        parts = [torch.empty_like(padded) for _ in widths]
+        dist.all_gather(parts, padded, group=comm.group)
     return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], dim=1)
 
 
@@ -36,18 +52,17 @@ def _probabilities(logits: torch.Tensor, inputs: Inputs, rows_each: int) -> torc
         for x in (sampling.temperature.float(), sampling.top_k, sampling.top_p.float())
     )
     scaled = logits.float() / torch.where(temperature > 0, temperature, 1)
-    if bool((top_k > 0).any() or (top_p < 1).any()):
+    if inputs["truncated"]:
         values, order = scaled.sort(dim=1, descending=True)
-        place = torch.arange(values.shape[1])
+        place = torch.arange(values.shape[1], device=values.device)
         values = values.masked_fill((top_k > 0) & (place >= top_k), -torch.inf)
         before = values.softmax(dim=1).cumsum(dim=1) - values.softmax(dim=1)
         values = values.masked_fill(before > top_p, -torch.inf)
         scaled = torch.full_like(scaled, -torch.inf).scatter(1, order, values)
     probabilities = scaled.softmax(dim=1)
-    greedy = temperature == 0
-    if bool(greedy.any()):
+    if inputs["greedy"]:
         best = F.one_hot(logits.argmax(dim=1), logits.shape[1]).float()
-        probabilities = torch.where(greedy, best, probabilities)
+        probabilities = torch.where(temperature == 0, best, probabilities)
     return probabilities
 
 
@@ -58,8 +73,8 @@ def _draw(probabilities: torch.Tensor) -> torch.Tensor:
 
 def sample(inputs: Inputs, comm: Communicator) -> Outputs:
     """(tokens [m],), and their log-probabilities where they are asked for."""
-    logits = _gather(inputs["logits"], inputs["widths"], comm)
-    greedy = inputs["sampling"].greedy
+    logits = gather(inputs["logits"], inputs["widths"], comm)
+    greedy = inputs["all greedy"]
     tokens = logits.argmax(dim=1) if greedy else _draw(_probabilities(logits, inputs, 1))
     if not inputs["logs"]:
         return (tokens,)
@@ -74,27 +89,28 @@ def verify(inputs: Inputs, comm: Communicator) -> Outputs:
     """
     drafts = inputs["drafts"]
     batch, longest = drafts.shape
-    logits = _gather(inputs["logits"], inputs["widths"], comm)
-    if inputs["sampling"].greedy:
+    logits = gather(inputs["logits"], inputs["widths"], comm)
+    places = torch.arange(longest + 1, device=logits.device)
+    if inputs["all greedy"]:
         tokens = logits.argmax(dim=1).view(batch, longest + 1)
         accepted = (tokens[:, :-1] == drafts).long().cumprod(dim=1).sum(dim=1)
-        return tokens.masked_fill(torch.arange(longest + 1) > accepted[:, None], -1), accepted
+        return tokens.masked_fill(places > accepted[:, None], -1), accepted
     p = _probabilities(logits, inputs, longest + 1).view(batch, longest + 1, -1)
     if "draft_probabilities" in inputs:
-        q = _gather(inputs["draft_probabilities"], inputs["widths"], comm).view(batch, longest, -1)
+        q = gather(inputs["draft_probabilities"], inputs["widths"], comm).view(batch, longest, -1)
     else:
         q = F.one_hot(drafts, p.shape[2]).float()
     at_draft = drafts[..., None]
     ratio = p[:, :-1].gather(2, at_draft) / q.gather(2, at_draft)
-    taken = torch.rand(batch, longest) < ratio[..., 0]
+    taken = torch.rand_like(ratio[..., 0]) < ratio[..., 0]
     accepted = taken.long().cumprod(dim=1).sum(dim=1)
     # The row behind the accepted drafts decides: what p has above q, or p where all were accepted.
-    rows = torch.arange(batch)
+    rows = torch.arange(batch, device=logits.device)
     q = torch.cat((q, torch.zeros_like(q[:, :1])), dim=1)
     left = (p[rows, accepted] - q[rows, accepted]).clamp_(min=0)
     tokens = F.pad(drafts, (0, 1))
     tokens[rows, accepted] = _draw(left)
-    tokens[torch.arange(longest + 1) > accepted[:, None]] = -1
+    tokens = tokens.masked_fill_(places > accepted[:, None], -1)
     if not inputs["logs"]:
         return tokens, accepted
     logs = logits.float().log_softmax(dim=1).view(batch, longest + 1, -1)

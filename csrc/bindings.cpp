@@ -14,6 +14,7 @@
 #include "all_reduce/all_reduce_cuda.h"
 #include "matmul_all_reduce/matmul_all_reduce_cuda.h"
 #include "runtime/gpu_links.h"
+#include "vocab_parallel_sample/sample_cuda.h"
 #endif
 
 namespace py = pybind11;
@@ -161,6 +162,7 @@ PYBIND11_MODULE(_C, m) {
                 std::make_shared<gpu::Attachment>(c, device, addresses, slot_bytes, max_blocks));
           },
           py::arg("device"), py::arg("addresses"), py::arg("slot_bytes"), py::arg("max_blocks"))
+      .def("check_rows", [](const Communicator& c) { gpu::check_rows(attachment(c)); })
       .def("detach_gpu", [](Communicator& c) { c.attach_gpu(nullptr); })
       .def(
           "add_gpu_buffer",

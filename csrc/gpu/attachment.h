@@ -43,6 +43,11 @@ class Attachment {
   // stream's calls are still running.
   CallSite enter(const Descriptor& descriptor, cudaStream_t stream, int64_t bytes_sent);
 
+  // In host memory, as the GPU sees it: the earliest row from which no token can be drawn
+  // (RowReport of vocab_parallel_sample). Taken once all kernels have ended.
+  uint64_t* row_report() const { return row_report_on_gpu_; }
+  uint64_t take_row_report();
+
   // Memory that every rank maps at addresses[rank], for tensors that are reduced in place.
   void add_buffer(const std::vector<uint64_t>& addresses, int64_t bytes) {
     buffers_.push_back({addresses, bytes});
@@ -66,6 +71,8 @@ class Attachment {
   int device_, max_blocks_;
   Workspace workspace_ = {};
   void* registered_ = nullptr;
+  uint64_t* row_report_ = nullptr;
+  uint64_t* row_report_on_gpu_ = nullptr;
   std::optional<cudaStream_t> stream_;
   std::vector<Buffer> buffers_;
 };

@@ -1,6 +1,7 @@
 #include "gpu/attachment.h"
 
 #include <algorithm>
+#include <atomic>
 #include <stdexcept>
 #include <string>
 
@@ -11,6 +12,7 @@
 #include "matmul/matmul_gpu.h"
 #include "matmul_all_reduce/matmul_all_reduce_gpu.h"
 #include "reduce_scatter/reduce_scatter_gpu.h"
+#include "vocab_parallel_sample/sample_gpu.h"
 
 namespace commfuse::gpu {
 namespace {
@@ -57,16 +59,34 @@ Attachment::Attachment(Communicator& communicator, int device,
     workspace_.host_failed = reinterpret_cast<const uint32_t*>(workspace_.base[0] + kAbort);
     workspace_.report = reinterpret_cast<GpuReport*>(workspace_.base[0] + kDescriptors);
   }
+  void* report = nullptr;
+  check(cudaHostAlloc(&report, sizeof(uint64_t), cudaHostAllocMapped | cudaHostAllocPortable));
+  row_report_ = static_cast<uint64_t*>(report);
+  *row_report_ = 0;
+  check(cudaHostGetDevicePointer(&report, row_report_, 0));
+  row_report_on_gpu_ = static_cast<uint64_t*>(report);
   load_all_reduce();
   load_rms_norm();
   load_reduce_scatter();
   load_all_gather();
   load_matmul();
   load_matmul_all_reduce();
+  load_sample();
 }
 
 Attachment::~Attachment() {
   if (registered_) cudaHostUnregister(registered_);
+  if (row_report_) cudaFreeHost(row_report_);
+}
+
+uint64_t Attachment::take_row_report() {
+  // Acquire: nothing that the kernel wrote before is looked at, but it must be read anew each time.
+  const uint64_t found = std::atomic_ref(*row_report_).load(std::memory_order_acquire);
+  if (found) {
+    check(cudaMemset(workspace_.base[workspace_.rank] + kRowReport, 0, sizeof(uint64_t)));
+    *row_report_ = 0;
+  }
+  return found;
 }
 
 CallSite Attachment::enter(const Descriptor& descriptor, cudaStream_t stream, int64_t bytes_sent) {

@@ -41,21 +41,24 @@ struct Line {
   }
 };
 
-// One thread: waits for kCount lines at once and clears them. An address that is null stands for a
-// line that is not wanted; lines[i] is then undefined. source(i) is who sends it. False: a failure.
-template <int kCount, class Source>
-__device__ __forceinline__ bool take_lines(const Exchange& exchange, int phase,
-                                           char* const (&address)[kCount], Source source,
-                                           Line (&lines)[kCount]) {
-  const uint32_t flag = exchange.flag();
+// A single unit, for messages that are no whole packs.
+__device__ __forceinline__ void put_unit(char* unit, uint32_t data, uint32_t flag) {
+  store_relaxed(reinterpret_cast<uint64_t*>(unit), static_cast<uint64_t>(flag) << 32 | data);
+}
+
+// One thread: loads what lies at kCount addresses until all of it has come, and clears it.
+template <int kCount, class Source, class Load, class Arrived, class Clear>
+__device__ __forceinline__ bool take(const Exchange& exchange, int phase,
+                                     char* const (&address)[kCount], Source source, Load load,
+                                     Arrived arrived, Clear clear) {
   const auto all_there = [&] {
     bool all = true;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      if (address[i]) lines[i].load(address[i]);
+      if (address[i]) load(i);
     }
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) all &= !address[i] || lines[i].carries(flag);
+    for (int i = 0; i < kCount; ++i) all &= !address[i] || arrived(i);
     return all;
   };
   const Wait outcome = exchange.poll(all_there);
@@ -64,7 +67,7 @@ __device__ __forceinline__ bool take_lines(const Exchange& exchange, int phase,
       int missing = -1;
 #pragma unroll
       for (int i = kCount - 1; i >= 0; --i) {
-        if (address[i] && !lines[i].carries(flag)) missing = source(i);
+        if (address[i] && !arrived(i)) missing = source(i);
       }
       exchange.time_out(missing, phase, 0);  // calls by lines have a word of block 0 only
     }
@@ -72,9 +75,38 @@ __device__ __forceinline__ bool take_lines(const Exchange& exchange, int phase,
   }
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    if (address[i]) clear_line(address[i]);
+    if (address[i]) clear(address[i]);
   }
   return true;
+}
+
+// One thread: waits for kCount lines at once and clears them. An address that is null stands for a
+// line that is not wanted; lines[i] is then undefined. source(i) is who sends it. False: a failure.
+template <int kCount, class Source>
+__device__ __forceinline__ bool take_lines(const Exchange& exchange, int phase,
+                                           char* const (&address)[kCount], Source source,
+                                           Line (&lines)[kCount]) {
+  const uint32_t flag = exchange.flag();
+  return take(
+      exchange, phase, address, source, [&](int i) { lines[i].load(address[i]); },
+      [&](int i) { return lines[i].carries(flag); }, clear_line);
+}
+
+// Likewise single units.
+template <int kCount, class Source>
+__device__ __forceinline__ bool take_units(const Exchange& exchange, int phase,
+                                           char* const (&address)[kCount], Source source,
+                                           uint32_t (&data)[kCount]) {
+  const uint32_t flag = exchange.flag();
+  uint64_t units[kCount];
+  const bool taken = take(
+      exchange, phase, address, source,
+      [&](int i) { units[i] = load_relaxed(reinterpret_cast<const uint64_t*>(address[i])); },
+      [&](int i) { return units[i] >> 32 == flag; },
+      [](char* unit) { store_relaxed(reinterpret_cast<uint64_t*>(unit), 0); });
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) data[i] = static_cast<uint32_t>(units[i]);
+  return taken;
 }
 
 // One line of each of up to kWorld sources: line(s) is its address.

@@ -43,6 +43,15 @@ __device__ __forceinline__ void store_release(uint64_t* p, uint64_t value) {
 __device__ __forceinline__ void store_release(uint32_t* p, uint32_t value) {
   asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
 }
+// Among this GPU's blocks; returns what was there before.
+__device__ __forceinline__ uint32_t add_acquire_release(uint32_t* p, uint32_t value) {
+  uint32_t before;
+  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(p), "r"(value)
+               : "memory");
+  return before;
+}
 __device__ __forceinline__ uint64_t now_ns() {
   uint64_t time;
   asm volatile("mov.u64 %0, %globaltimer;" : "=l"(time));
@@ -232,11 +241,7 @@ class Exchange {
     if (threadIdx.x == 0) {
       auto* arrivals = reinterpret_cast<uint32_t*>(own_ + kArrivals);
       auto* released = reinterpret_cast<uint64_t*>(own_ + kReleased);
-      uint32_t before;
-      asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;"
-                   : "=r"(before)
-                   : "l"(arrivals)
-                   : "memory");
+      const uint32_t before = add_acquire_release(arrivals, 1);
       *met = true;
       if (before == static_cast<uint32_t>(grid_) - 1) {
         *arrivals = 0;  // for the next call

@@ -11,6 +11,8 @@
 //   words         [parity][phase][block][source] generation << 16 | tag
 //   squares       [row][tile] sums of squares that a rank's blocks exchange among themselves
 //   tile words    [parity][phase][source][tile] generation
+//   tickets       [request] candidates that this rank's blocks have found for a request's tokens
+//   row report    the earliest row from which no token can be drawn
 //   lines         [parity][source] flag-in-data: 8-byte units of 4 bytes of data and 4 of flag
 //   slots         [parity][phase][source] payload
 //   staging       what a bulk all-reduce reads and overwrites in place (one half: such a call ends
@@ -34,6 +36,7 @@ constexpr int64_t kLineBytes = 4 << 20;
 constexpr int kMostLineThreads = 512;
 constexpr int64_t kSquares = 64 * 1024;  // floats
 constexpr int kMaxTiles = 4096;          // of 64 columns
+constexpr int kMaxRequests = 1024;       // whose tokens one launch draws
 
 constexpr int64_t kAbort = 0;
 constexpr int64_t kClaim = 128;
@@ -45,7 +48,9 @@ constexpr int64_t kDescriptorBytes = 2 * sizeof(Descriptor);
 constexpr int64_t kWords = kDescriptors + 2 * kMaxRanks * kDescriptorBytes;
 constexpr int64_t kSquareSums = kWords + int64_t{2} * kPhases * kMaxGrid * kMaxRanks * 8;
 constexpr int64_t kTileWords = kSquareSums + kSquares * 4;
-constexpr int64_t kLines = kTileWords + int64_t{2} * kPhases * kMaxRanks * kMaxTiles * 8;
+constexpr int64_t kTickets = kTileWords + int64_t{2} * kPhases * kMaxRanks * kMaxTiles * 8;
+constexpr int64_t kRowReport = kTickets + kMaxRequests * 4;
+constexpr int64_t kLines = kRowReport + 128;
 static_assert(kDescriptors % 128 == 0 && kWords % 128 == 0 && kLines % 128 == 0);
 
 constexpr int64_t slots_offset(int world) {

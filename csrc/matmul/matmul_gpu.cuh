@@ -72,15 +72,6 @@ __device__ __forceinline__ void compute_barrier() {
   asm volatile("bar.sync 1, %0;" ::"n"(kComputeThreads) : "memory");
 }
 
-__device__ __forceinline__ uint32_t add_acquire_release(uint32_t* p, uint32_t value) {
-  uint32_t old;
-  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;"
-               : "=r"(old)
-               : "l"(p), "r"(value)
-               : "memory");
-  return old;
-}
-
 // ------------------------------------------------------------------------------ the order of work
 
 // A tile, or a part of one: chunks [begin, end) of its k.

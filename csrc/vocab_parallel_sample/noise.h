@@ -6,6 +6,13 @@
 #include <cmath>
 #include <cstdint>
 
+// What CPU and GPU compute by the same lines.
+#ifdef __CUDACC__
+#define COMMFUSE_HOST_DEVICE __host__ __device__
+#else
+#define COMMFUSE_HOST_DEVICE
+#endif
+
 namespace commfuse {
 
 // Draws for different purposes must not depend on each other.
@@ -15,10 +22,11 @@ struct Noise {
   double first, second;  // uniform in (0, 1), independent
 
   // -log of the first, a unit exponential variable.
-  double exponential() const { return -std::log(first); }
+  COMMFUSE_HOST_DEVICE double exponential() const { return -std::log(first); }
 };
 
-inline Noise noise(uint64_t seed, uint64_t position, Stream stream, uint32_t block) {
+COMMFUSE_HOST_DEVICE inline Noise noise(uint64_t seed, uint64_t position, Stream stream,
+                                        uint32_t block) {
   uint32_t x[4] = {static_cast<uint32_t>(position), static_cast<uint32_t>(position >> 32), block,
                    static_cast<uint32_t>(stream)};
   uint32_t key[2] = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};

@@ -8,6 +8,7 @@
 
 #include <optional>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "runtime/tensors.h"
@@ -18,6 +19,20 @@ namespace commfuse {
 struct NoTokenError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
+
+// "request 1, row 2", as errors name a row of an op.
+inline std::string place_of(Op op, int64_t request, int64_t row) {
+  const std::string number = std::to_string(request);
+  if (op == Op::vocab_parallel_argmax) return "row " + number;
+  if (op == Op::vocab_parallel_sample) return "request " + number;
+  return "request " + number + ", row " + std::to_string(row);
+}
+inline NoTokenError no_token(const std::string& place, const char* what) {
+  return NoTokenError("the logits of " + place + " are " + what + ": no token can be chosen");
+}
+inline NoTokenError draft_nan(const std::string& place) {
+  return NoTokenError("the draft probabilities of " + place + " are NaN");
+}
 
 // How each request's tokens are drawn: one entry per request in every tensor.
 struct SamplingTensors {

@@ -1,9 +1,8 @@
 #include <algorithm>
-#include <bit>
-#include <cfloat>
 #include <cmath>
 #include <limits>
 
+#include "vocab_parallel_sample/draws.h"
 #include "vocab_parallel_sample/exchange_rows.h"
 #include "vocab_parallel_sample/sample.h"
 
@@ -11,21 +10,7 @@ namespace commfuse {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-// Every finite logit takes part; -inf never does.
-constexpr float kNoBound = -FLT_MAX;
-// Weights relative to the row's largest, as integers: their sums are the same in any order.
-constexpr double kOne = 0x1p40;
 constexpr int kBins = 256;
-
-uint64_t fixed(float weight) { return static_cast<uint64_t>(weight * static_cast<float>(kOne)); }
-
-// Floats in the order of integers; -0 is 0.
-uint32_t key_of(float x) {
-  const uint32_t bits = std::bit_cast<uint32_t>(x + 0.0f);
-  return bits >> 31 ? ~bits : bits | 0x80000000u;
-}
-
-float value_of(uint32_t key) { return std::bit_cast<float>(key >> 31 ? key & 0x7fffffffu : ~key); }
 
 // Leading bytes of a key in which two logits of the dtype can differ.
 int digits_of(DType dtype) {
@@ -104,7 +89,7 @@ class Sampler {
       // Without any residual, target and draft are the same distribution: nothing to refuse.
       const bool accepted = drafts && (state.accepted || winners[i].key == -kInfinity);
       if (drafts && std::isnan(winners[i].key)) {
-        throw NoTokenError("the draft probabilities of " + place(row) + " are NaN");
+        throw draft_nan(place(row));
       }
       if (!accepted) require_token(row, winners[i].key);
       tokens[i] = accepted ? row.draft : winners[i].id;
@@ -135,19 +120,14 @@ class Sampler {
   };
 
   std::string place(const SampleRow& row) const {
-    const std::string number = std::to_string(row.request);
-    if (descriptor_.op == Op::vocab_parallel_argmax) return "row " + number;
-    if (descriptor_.op == Op::vocab_parallel_sample) return "request " + number;
-    return "request " + number + ", row " + std::to_string(row.row);
+    return place_of(descriptor_.op, row.request, row.row);
   }
 
   void require_token(const SampleRow& row, double score) const {
     if (std::isfinite(score)) return;
-    throw NoTokenError("the logits of " + place(row) + " are " +
-                       (std::isnan(score) ? "NaN"
-                        : score > 0       ? "infinite"
-                                          : "-inf throughout") +
-                       ": no token can be chosen");
+    throw no_token(place(row), std::isnan(score) ? "NaN"
+                               : score > 0       ? "infinite"
+                                                 : "-inf throughout");
   }
 
   // At temperature 0 the target is one-hot, and the draft's distribution changes nothing.
@@ -252,7 +232,8 @@ class Sampler {
         if (digit == 0) {
           uint64_t total = 0;
           for (int bin = 0; bin < kBins; ++bin) total += histogram[bin];
-          state.target = target(rows_[which[i]], by_mass, total);
+          const SampleRow& row = rows_[which[i]];
+          state.target = by_mass ? wanted_mass(row.top_p, total) : wanted_tokens(row.top_k, total);
           state.prefix = 0;
         }
         int bin = kBins - 1;
@@ -269,12 +250,6 @@ class Sampler {
       state.bound = value_of(key);
       state.entries = {};
     }
-  }
-
-  static uint64_t target(const SampleRow& row, bool by_mass, uint64_t total) {
-    if (!by_mass) return std::min(static_cast<uint64_t>(row.top_k), total);
-    const double wanted = std::ceil(row.top_p * static_cast<double>(total));
-    return std::clamp(static_cast<uint64_t>(wanted), uint64_t{1}, total);
   }
 
   // Adds this rank's logits to a histogram of the digit, those that share the digits before it.
@@ -317,29 +292,21 @@ class Sampler {
       const SampleRow& row = rows_[which[i]];
       State& state = states_[which[i]];
       state.mass = masses[i];
-      if (!(state.draft_logit >= state.bound)) continue;
-      const double weight =
-          std::exp((double{state.draft_logit} - state.largest) * double{row.scale()});
-      const double target = weight * kOne / static_cast<double>(state.mass);
-      const double uniform = noise(row.seed, row.position, Stream::acceptance, 0).first;
-      // A draft that its own distribution excludes is refused.
-      state.accepted = uniform * state.draft_probability < target && state.draft_probability > 0;
+      state.accepted = accepts(state.draft_logit, state.draft_probability, state.largest,
+                               state.bound, row.scale(), state.mass, row.seed, row.position);
     }
   }
 
   std::vector<Winner> choose() {
     std::vector<Winner> winners(rows_.size());
     for_rows(rows_where([](const SampleRow&) { return true; }), [&](int64_t, size_t row) {
+      if (states_[row].accepted) return;
       winners[row] = rows_[row].greedy()      ? most_probable(row)
                      : uses_draft(rows_[row]) ? from_residual(row)
                                               : from_target(row);
     });
     exchange_rows(communicator_, descriptor_, winners, [](Winner& mine, const Winner& theirs) {
-      if (std::isnan(mine.key)) return;
-      if (std::isnan(theirs.key) || theirs.key > mine.key ||
-          (theirs.key == mine.key && theirs.id < mine.id)) {
-        mine = theirs;
-      }
+      if (replaces(theirs.key, theirs.id, mine.key, mine.id)) mine = theirs;
     });
     return winners;
   }

@@ -188,6 +188,13 @@ def torch_obstacle(comm: Communicator | None, query: Query) -> str | None:
     return None
 
 
+def torch_on_host_obstacle(comm: Communicator | None, query: Query) -> str | None:
+    """As :func:`torch_obstacle`, of what looks at numbers on the host."""
+    if query.device != "cpu":
+        return f"looks at every row's numbers on the host: for the CPU, not for {query.device}"
+    return torch_obstacle(comm, query)
+
+
 def define(schema: str, fake: Callable[..., Any]) -> torch._ops.OpOverload:
     """Defines ``torch.ops.commfuse.NAME`` with its schema and its shape-only implementation."""
     name, _, overload = schema.partition("(")[0].partition(".")

@@ -97,6 +97,13 @@ class Sampling:
         index = torch.tensor(requests, dtype=torch.int64)
         return Sampling(*(x[index] for x in self.tensors))
 
+    def to(self, device: torch.device | str) -> Sampling:
+        """The options on a device, where the logits are. Their values are not looked at again."""
+        moved = object.__new__(Sampling)
+        for name in ("temperature", "top_k", "top_p", "seed"):
+            object.__setattr__(moved, name, getattr(self, name).to(device))
+        return moved
+
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """temperature, top_k, top_p, seed."""
@@ -156,7 +163,8 @@ def draw(weights: torch.Tensor, seed: int, position: int, stream: int) -> int:
     """One id, with probability proportional to its weight; float64 [vocabulary]."""
     padded = torch.nn.functional.pad(weights, (0, -len(weights) % BLOCK)).view(-1, BLOCK)
     sums = padded.sum(dim=1)
-    first, second = noise(seed, position, stream, torch.arange(len(sums)))
+    blocks = torch.arange(len(sums), device=sums.device)
+    first, second = noise(seed, position, stream, blocks)
     block = int((sums.log() - (-first.log()).log()).argmax())
     reached = padded[block].cumsum(0) > second[block] * sums[block]
     return block * BLOCK + int(reached.int().argmax())

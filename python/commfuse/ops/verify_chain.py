@@ -7,7 +7,14 @@ from typing import NamedTuple
 
 import torch
 
-from commfuse.ops._registry import Backend, Op, cpu_obstacle, define, torch_obstacle
+from commfuse.ops._registry import (
+    Backend,
+    Op,
+    cpu_obstacle,
+    cuda_obstacle,
+    define,
+    torch_on_host_obstacle,
+)
 from commfuse.ops._sampling import (
     Sampling,
     check_rows,
@@ -59,9 +66,10 @@ def _accept(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The accepted prefix of every draft and the token behind it, from every row's token."""
     batch, longest = drafts.shape
-    tokens = torch.full((batch, longest + 1), -1, dtype=torch.int64)
-    token_logs = torch.zeros((batch, longest + 1), dtype=torch.float64)
-    accepted = torch.zeros(batch, dtype=torch.int64)
+    device = drafts.device
+    tokens = torch.full((batch, longest + 1), -1, dtype=torch.int64, device=device)
+    token_logs = torch.zeros((batch, longest + 1), dtype=torch.float64, device=device)
+    accepted = torch.zeros(batch, dtype=torch.int64, device=device)
     begin = 0
     for request, length in enumerate(draft_lengths.tolist()):
         own = chosen[begin : begin + length + 1]
@@ -104,11 +112,11 @@ def reference(
             draft = (int(drafts[request, index]), q[len(chosen) - request])
         position = int(positions[request]) + index
         chosen.append(draw_row(row, options[request], position, draft=draft))
-    own = torch.tensor(chosen, dtype=torch.int64)
+    own = torch.tensor(chosen, dtype=torch.int64, device=logits.device)
     return _accept(chosen, log_probabilities_of(logits, own).tolist(), drafts, draft_lengths)
 
 
-def _cpu(
+def _native(
     logits, drafts, draft_lengths, sampling, positions, vocab_begin, comm, draft_probabilities,
     log_probabilities,
 ):  # fmt: skip
@@ -134,7 +142,11 @@ def _torch(
 
 OP = Op(
     "verify_chain",
-    (Backend("cpu", _cpu, cpu_obstacle), Backend("torch", _torch, torch_obstacle)),
+    (
+        Backend("cpu", _native, cpu_obstacle),
+        Backend("cuda", _native, cuda_obstacle),
+        Backend("torch", _torch, torch_on_host_obstacle),
+    ),
 )
 
 
@@ -164,6 +176,10 @@ def verify_chain(
     ``draft_probabilities`` 20 bytes more. Ids outside the vocabulary are never accepted, nor are
     drafts with p = 0 or q = 0.
 
+    On a GPU everything lies there, ``sampling`` too (:meth:`Sampling.to`), and is read when the
+    kernel runs: a captured call may be replayed with other lengths. Logits may then have more rows
+    than the requests need.
+
     Args:
         logits: [sum of (draft length + 1), shard], request after request; row j of a request
             predicts the token behind its j-th draft token.
@@ -171,17 +187,20 @@ def verify_chain(
         draft_lengths: int64 [batch], each 0 to longest.
         sampling: how to draw, for each request.
         positions: int64 [batch], in its sequence, of the token that a request's first row predicts.
-        vocab_begin: global id of the shard's first entry, a multiple of 128 where a request draws.
+        vocab_begin: global id of the shard's first entry, a multiple of 128 where a request draws;
+            on a GPU always.
         comm: every rank must call, with equal drafts, options and positions.
         draft_probabilities: float32 [sum of draft lengths, shard], the distributions that the
             drafts were drawn from, by other noise (:func:`vocab_parallel_sample` with ``draft``).
         log_probabilities: return them.
-        backend: ``"auto"``, ``"cpu"`` or ``"torch"``.
+        backend: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"torch"`` (on the CPU).
 
     Raises:
         CommfuseError: a row is NaN, infinite, or -inf throughout; all ranks raise it, naming the
-            request.
-        ValueError: shapes do not fit, or the shard is not cut at a multiple of 128.
+            request. On a GPU ``comm.check()`` raises it, and where the row decides, the tokens end
+            with -1; likewise for draft lengths that do not fit.
+        ValueError: shapes do not fit, or the shard is not cut at a multiple of 128; or not all
+            tensors are on one device.
         CommunicatorError, BackendUnavailable: as :func:`~commfuse.ops.all_reduce`.
 
     Example:

@@ -7,7 +7,14 @@ from collections.abc import Callable, Sequence
 import torch
 
 from commfuse.errors import CommfuseError
-from commfuse.ops._registry import Backend, Op, cpu_obstacle, define, torch_obstacle
+from commfuse.ops._registry import (
+    Backend,
+    Op,
+    cpu_obstacle,
+    cuda_obstacle,
+    define,
+    torch_on_host_obstacle,
+)
 from commfuse.runtime.communicator import Communicator
 
 
@@ -27,7 +34,7 @@ def reference(shards: Sequence[torch.Tensor]) -> torch.Tensor:
     return largest.int().argmax(dim=1)
 
 
-def _cpu(logits, vocab_begin, comm):
+def _native(logits, vocab_begin, comm):
     return _vocab_parallel_argmax(logits, vocab_begin, comm.handle)
 
 
@@ -59,7 +66,11 @@ def torch_argmax(
 
 OP = Op(
     "vocab_parallel_argmax",
-    (Backend("cpu", _cpu, cpu_obstacle), Backend("torch", torch_argmax, torch_obstacle)),
+    (
+        Backend("cpu", _native, cpu_obstacle),
+        Backend("cuda", _native, cuda_obstacle),
+        Backend("torch", torch_argmax, torch_on_host_obstacle),
+    ),
 )
 
 
@@ -74,13 +85,14 @@ def vocab_parallel_argmax(
         logits: [rows, size of this rank's shard], contiguous; padding must not be in it.
         vocab_begin: global id of the shard's first entry.
         comm: every rank must call.
-        backend: ``"auto"``, ``"cpu"`` or ``"torch"``.
+        backend: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"torch"`` (on the CPU).
 
     Returns:
         int64 [rows], equal on all ranks.
 
     Raises:
-        CommfuseError: a row is NaN, infinite, or -inf throughout; all ranks raise it.
+        CommfuseError: a row is NaN, infinite, or -inf throughout; all ranks raise it. On a GPU the
+            row's token is -1, and ``comm.check()`` raises it.
         CommunicatorError, BackendUnavailable: as :func:`~commfuse.ops.all_reduce`.
 
     Example:

@@ -6,7 +6,14 @@ from collections.abc import Sequence
 
 import torch
 
-from commfuse.ops._registry import Backend, Op, cpu_obstacle, define, torch_obstacle
+from commfuse.ops._registry import (
+    Backend,
+    Op,
+    cpu_obstacle,
+    cuda_obstacle,
+    define,
+    torch_on_host_obstacle,
+)
 from commfuse.ops._sampling import (
     DRAFT,
     TARGET,
@@ -51,11 +58,11 @@ def reference(
         draw_row(row, options[b], position, DRAFT if draft else TARGET)
         for b, (row, position) in enumerate(zip(logits, positions.tolist(), strict=True))
     ]
-    drawn = torch.tensor(tokens, dtype=torch.int64)
+    drawn = torch.tensor(tokens, dtype=torch.int64, device=logits.device)
     return drawn, log_probabilities_of(logits, drawn)
 
 
-def _cpu(logits, sampling, positions, vocab_begin, comm, draft, log_probabilities):
+def _native(logits, sampling, positions, vocab_begin, comm, draft, log_probabilities):
     return _vocab_parallel_sample(
         logits, *sampling.tensors, positions, draft, log_probabilities, vocab_begin, comm.handle
     )
@@ -71,7 +78,11 @@ def _torch(logits, sampling, positions, vocab_begin, comm, draft, log_probabilit
 
 OP = Op(
     "vocab_parallel_sample",
-    (Backend("cpu", _cpu, cpu_obstacle), Backend("torch", _torch, torch_obstacle)),
+    (
+        Backend("cpu", _native, cpu_obstacle),
+        Backend("cuda", _native, cuda_obstacle),
+        Backend("torch", _torch, torch_on_host_obstacle),
+    ),
 )
 
 
@@ -97,15 +108,16 @@ def vocab_parallel_sample(
 
     Args:
         logits: [batch, size of this rank's shard], contiguous; padding must not be in it.
-        sampling: how to draw, for each request.
+        sampling: how to draw, for each request; on the logits' device (:meth:`Sampling.to`).
         positions: int64 [batch], of the tokens in their sequences: no two draws of a request may
             have the same.
-        vocab_begin: global id of the shard's first entry, a multiple of 128 where a request draws.
+        vocab_begin: global id of the shard's first entry, a multiple of 128 where a request draws;
+            on a GPU always.
         comm: every rank must call, with equal options and positions.
         draft: draw by the noise that is kept for drafts, on which that of :func:`verify_chain`
             does not depend.
         log_probabilities: return them.
-        backend: ``"auto"``, ``"cpu"`` or ``"torch"``.
+        backend: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"torch"`` (on the CPU).
 
     Returns:
         (tokens, log-probabilities): int64 [batch], equal on all ranks; float32 [batch], the tokens'
@@ -113,7 +125,9 @@ def vocab_parallel_sample(
 
     Raises:
         CommfuseError: a request's logits are NaN, infinite, or -inf throughout; all ranks raise it.
-        ValueError: shapes do not fit, or the shard is not cut at a multiple of 128.
+            On a GPU the request's token is -1, and ``comm.check()`` raises it.
+        ValueError: shapes do not fit, or the shard is not cut at a multiple of 128; or not all
+            tensors are on one device.
         CommunicatorError, BackendUnavailable: as :func:`~commfuse.ops.all_reduce`.
 
     Example:

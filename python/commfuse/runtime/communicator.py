@@ -334,11 +334,14 @@ class Communicator:
     def check(self) -> None:
         """Raises this communicator's failure, if there is one: see :mod:`commfuse.errors`.
 
-        Calls on a GPU return before they have run: it first waits for the current stream.
+        Calls on a GPU return before they have run: it first waits for the current stream. That a
+        row of logits had no token is raised once, as CommfuseError, and is not final.
         """
         if self.device.type == "cuda" and not self._closed:
             torch.cuda.current_stream(self.device).synchronize()
         self.check_host()
+        if self.serves_gpu:
+            self._native.check_rows()
         for check in self.further_checks:
             check()
 

@@ -12,6 +12,7 @@ HIDDEN = 8192  # of a model of 70 billion parameters
 _K_TOTALS = (8192, 28672)  # its attention output and its down projection
 _COLUMNS = 4096  # of a message
 _KIB = (8, 32, 64, 256, 1024, 8192, 65536)  # of a two-byte type
+_VOCABULARY = 128256  # of Llama 3
 _GEMMS = ((1024, 8192), (4096, 8192), (8192, 1280), (8192, 8192), (28672, 8192))  # k, n
 _TAIL = ("residual", "norm")
 
@@ -31,6 +32,24 @@ def _row_parallel(
     ]
 
 
+def _verified(
+    batches: tuple[int, ...],
+    options: tuple[str, ...],
+    kind: str = QUICK,
+    drafts: int = 4,
+    vocabulary: int = _VOCABULARY,
+) -> list[Case]:
+    return [
+        Case(
+            "verify_chain",
+            (("batch", batch), ("drafts", drafts), ("vocabulary", vocabulary)),
+            options,
+            kind,
+        )
+        for batch in batches
+    ]
+
+
 def _cases(world_size: int) -> list[Case]:
     def messages(op: str, *kib: int) -> list[Case]:
         return [Case(op, (("m", size // 8), ("n", _COLUMNS)), kind=QUICK) for size in kib]
@@ -47,6 +66,27 @@ def _cases(world_size: int) -> list[Case]:
             Case("matmul", (("m", m), ("k", k), ("n", n)), kind=QUICK)
             for k, n in _GEMMS
             for m in (1, 8, 16, 32, 64)
+        ),
+        *_verified((1, 8, 32, 128), ("sampled",)),
+        *_verified((1, 32), ()),
+        *_verified((1, 8, 32), ("sampled", "truncated")),
+        *_verified((1, 8, 32), ("sampled", "distributions")),
+        *_verified((8,), ("sampled", "logs"), MORE),
+        *_verified((128,), ("sampled", "truncated"), MORE),
+        *_verified((128,), ("sampled", "distributions"), MORE),
+        *(
+            case
+            for drafts, vocabulary in ((1, _VOCABULARY), (7, _VOCABULARY), (4, 32000), (4, 151936))
+            for case in _verified((8, 32), ("sampled",), MORE, drafts, vocabulary)
+        ),
+        *(
+            Case("vocab_parallel_sample", (("m", m), ("vocabulary", _VOCABULARY)), options, QUICK)
+            for options in (("sampled",), ("sampled", "truncated"))
+            for m in (1, 8, 128)
+        ),
+        *(
+            Case("vocab_parallel_argmax", (("m", m), ("vocabulary", _VOCABULARY)), kind=QUICK)
+            for m in (1, 8, 128)
         ),
         *_row_parallel(world_size, (1, 8, 32, 64)),
         *_row_parallel(world_size, (1, 32, 64), _TAIL),
