@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,6 @@ import torch
 import torch.distributed as dist
 
 from commfuse import ops
-from commfuse.bench.peers import gemm_then_all_reduce
 from commfuse.bench.provenance import gpu_provenance, provenance
 from commfuse.bench.timing import Cell, measure
 from commfuse.errors import BackendUnavailable
@@ -32,6 +32,8 @@ WAYS = {
     "lines": ((0, EVERYTHING), 4 << 20),
     "bulk": ((0, 0), MESSAGES[-1]),
 }
+# Likewise, the rows that are fused.
+FUSED = {"fused": (1, ROWS[-1]), "unfused": (1, 0)}
 
 
 def run_rank() -> None:
@@ -53,8 +55,9 @@ def run_rank() -> None:
             if not comm.serves_gpu:
                 raise BackendUnavailable(f"nothing to tune: {comm.transport_reason}")
             messages = measure_messages(comm)
-            fused = measure_fused(comm)
             one_shot, lines = thresholds(messages)
+            comm._native.set_all_reduce_thresholds(one_shot, lines)
+            fused = measure_fused(comm)
             table = tuning.Table(one_shot, lines, *fused_rows(fused))
             origin = {"setting": gpu_provenance(comm)["setting"], **_origin()}
             if comm.rank == 0:
@@ -92,10 +95,10 @@ def measure_messages(comm: Communicator) -> dict[str, dict[int, float]]:
 
 
 def measure_fused(comm: Communicator) -> dict[str, dict[int, float]]:
-    """Microseconds of a row-parallel layer with its tail, fused or not, by rows."""
-    native, times = comm._native, {"fused": {}, "unfused": {}}
-    default = tuning.Table()
-    native.set_all_reduce_thresholds(default.one_shot_bytes, default.lines_bytes)
+    """Microseconds of a row-parallel layer with its tail, fused or not, by rows; with the
+    thresholds that the communicator has.
+    """
+    times = {way: {} for way in FUSED}
     for rows in ROWS:
         dimensions = (("m", rows), ("k", HIDDEN // comm.world_size), ("n", HIDDEN))
         case = Case("matmul_all_reduce", dimensions, ("residual", "norm"))
@@ -106,14 +109,15 @@ def measure_fused(comm: Communicator) -> dict[str, dict[int, float]]:
             adapter.duplicate(mine, "cuda")
             for _ in range(4 * cache // adapter.streamed_bytes() + 1)
         ]
-        ways = {
-            "fused": lambda inputs, adapter=adapter: adapter.call(inputs, comm, "cuda"),
-            "unfused": lambda inputs: gemm_then_all_reduce(inputs, comm, "cuda"),
-        }
         cells = []
-        for way, call in ways.items():
-            call(mine)
-            cells.append(Cell(way, [lambda i=i, call=call: call(i) for i in copies]))
+        for way, span in FUSED.items():
+
+            def call(inputs=mine, adapter=adapter, span=span):
+                comm._native.set_fused_rows(*span)
+                return adapter.call(inputs, comm, "cuda")
+
+            call()
+            cells.append(Cell(way, [functools.partial(call, inputs) for inputs in copies]))
         for way, time in measure(cells, comm, REPLAYS).items():
             times[way][rows] = time.p50_us
     return times

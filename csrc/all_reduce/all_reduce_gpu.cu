@@ -22,14 +22,14 @@ int64_t all_reduce_capacity(const Workspace& workspace, AllReduce algorithm) {
 
 namespace {
 
-// For null pointers see the kernel.
+template <bool kStaged>
 void bulk(const CallSite& site, DType dtype, const PeerTensor& x, const void* from,
           const void* residual, void* out, int64_t n) {
   const int world = site.workspace.world;
   const int64_t part = (n * static_cast<int64_t>(size_of(dtype)) + world - 1) / world;
   with_type(dtype, [&]<class T>() {
     with_world(world, [&]<int kWorld>() {
-      launch(all_reduce_bulk<T, kWorld>, bulk_grid(part, site), site.workspace,
+      launch(all_reduce_bulk<T, kWorld, kStaged>, bulk_grid(part, site), site.workspace,
              Announcement(site.descriptor), x, static_cast<const T*>(from),
              static_cast<const T*>(residual), static_cast<T*>(out), n, site.behind_gemm);
     });
@@ -45,8 +45,8 @@ void all_reduce(const CallSite& site, AllReduce algorithm, DType dtype, const vo
   if (algorithm == AllReduce::bulk) {
     PeerTensor staging = {};
     for (int r = 0; r < world; ++r) staging.data[r] = workspace.staging(r);
-    return bulk(site, dtype, staging, x == staging.data[workspace.rank] ? nullptr : x, residual,
-                out, n);
+    return bulk<true>(site, dtype, staging, x == staging.data[workspace.rank] ? nullptr : x,
+                      residual, out, n);
   }
   const Announcement announcement(site.descriptor);
   with_type(dtype, [&]<class T>() {
@@ -68,7 +68,7 @@ void all_reduce(const CallSite& site, AllReduce algorithm, DType dtype, const vo
 void all_reduce_in_place(const CallSite& site, DType dtype, void* const* peers, int64_t n) {
   PeerTensor x = {};
   std::copy_n(peers, site.workspace.world, x.data);
-  bulk(site, dtype, x, nullptr, nullptr, nullptr, n);
+  bulk<false>(site, dtype, x, nullptr, nullptr, nullptr, n);
 }
 
 void load_all_reduce() {
@@ -78,7 +78,8 @@ void load_all_reduce() {
         with_world(world, [&]<int kWorld>() {
           load(all_reduce_one_shot<T, kWorld>);
           load(all_reduce_two_shot<T, kWorld>);
-          load(all_reduce_bulk<T, kWorld>);
+          load(all_reduce_bulk<T, kWorld, true>);
+          load(all_reduce_bulk<T, kWorld, false>);
         });
       }
     });

@@ -146,10 +146,11 @@ struct PeerTensor {
 
 // In bulk. Rank d alone reads part d of everybody's x and writes the sum over it, between two
 // barriers. A block handles the same stretch of every part, so that its words and those of the
-// blocks of its number are all it needs. `from` is copied into x first, and the sum from x to `out`
-// last; either may be null: it lies there already, it stays there.
-template <class T, int kWorld>
-__global__ void __launch_bounds__(512, 2)
+// blocks of its number are all it needs. Staged: `from` is copied into x first, unless it is null
+// and lies there already, and the sum from x to `out` last. Such a kernel may run behind a GEMM,
+// and uses half of a multiprocessor's registers.
+template <class T, int kWorld, bool kStaged>
+__global__ void __launch_bounds__(512, kStaged ? 2 : 1)
     all_reduce_bulk(const __grid_constant__ Workspace workspace,
                     const __grid_constant__ Announcement announcement,
                     const __grid_constant__ PeerTensor x, const T* from, const T* residual, T* out,
@@ -172,7 +173,7 @@ __global__ void __launch_bounds__(512, 2)
     return d * part + begin + (i - d * length);
   };
 
-  if (from) {
+  if (kStaged && from) {
     const Units<const T> source(from, n);
     move_units(
         world * length,
@@ -187,24 +188,24 @@ __global__ void __launch_bounds__(512, 2)
   const Units<const T> addend(residual, n);
   const Units<T> to(out, n);
   const int64_t base = rank * part;
-#pragma unroll(kWorld < 8 ? 2 : 1)
+#pragma unroll(kWorld < 8 || !kStaged ? 2 : 1)
   for (int64_t unit = base + begin + threadIdx.x; unit < min(units, base + end);
        unit += blockDim.x) {
     UnitSum<T, kWorld> sum;
     sum.load(world, [&](int s) { return at(s) + unit; });
     uint4 more;
-    if (residual) more = addend.load(unit);
-    const uint4 total = sum.total(world, residual ? &more : nullptr);
+    if (kStaged && residual) more = addend.load(unit);
+    const uint4 total = sum.total(world, kStaged && residual ? &more : nullptr);
 #pragma unroll
     for (int p = 0; p < kWorld; ++p) {
-      if (p < world && !(out && p == rank)) at(p)[unit] = total;
+      if (p < world && !(kStaged && p == rank)) at(p)[unit] = total;
     }
-    if (out) to.store(unit, total);
+    if (kStaged) to.store(unit, total);
   }
   exchange.publish(1, announcement.tag);
   if (!exchange.await(1, announcement.tag)) return;
 
-  if (out) {
+  if (kStaged) {
     const auto wanted = [&](int i) { return i / length != rank && unit_at(i) < units; };
     move_units(
         world * length, [&](int i) { return wanted(i) ? __ldcg(mine + unit_at(i)) : uint4{}; },

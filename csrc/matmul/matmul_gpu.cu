@@ -6,6 +6,7 @@ namespace commfuse::gpu {
 
 MatmulPlan matmul_plan(int64_t n, int64_t k, int max_blocks) {
   if (n < 1 || k < 1 || max_blocks < 1) throw std::invalid_argument("matmul: N, K, blocks < 1");
+  max_blocks = std::min(max_blocks, kMatmulGpuCounters);
   MatmulPlan plan = {};
   plan.tiles = static_cast<int>(divide_up(n, kTileColumns));
   plan.chunks = static_cast<int>(divide_up(k, kChunk));
@@ -37,7 +38,7 @@ MatmulPlan matmul_plan(int64_t n, int64_t k, int max_blocks) {
 
 size_t matmul_gpu_workspace_bytes(const MatmulPlan& plan) {
   if (plan.splits == 1) return 0;
-  return divide_up(plan.rest * sizeof(uint32_t), 16) * 16 +
+  return kMatmulGpuCounters * sizeof(uint32_t) +
          size_t{16} * plan.rest * plan.splits * (kMatmulGpuMaxRows / 8) * kComputeThreads;
 }
 

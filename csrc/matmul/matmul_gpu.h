@@ -30,8 +30,10 @@ struct MatmulPlan {
 };
 MatmulPlan matmul_plan(int64_t n, int64_t k, int max_blocks);
 
-// What the parts of a tile exchange; zeroed once by its owner, and left zeroed by every call. One
-// workspace serves one stream.
+// What the parts of a tile exchange. Counters come first, zeroed once by the owner and left zeroed
+// by every call; sums follow, at the same place whatever the plan, so that calls of different
+// shapes never leave sums where others count. One workspace serves one stream.
+constexpr int kMatmulGpuCounters = 1024;  // more than blocks
 size_t matmul_gpu_workspace_bytes(const MatmulPlan& plan);
 
 struct MatmulGpuArgs {

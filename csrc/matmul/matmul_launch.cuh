@@ -62,9 +62,7 @@ class MatmulLaunch {
                      reinterpret_cast<uintptr_t>(args.w) % 16 == 0;
     shape_.weights_early = args.weights_early;
     shape_.counters = static_cast<uint32_t*>(args.workspace);
-    shape_.partials =
-        reinterpret_cast<float4*>(static_cast<uint8_t*>(args.workspace) +
-                                  divide_up(args.plan.rest * int64_t{sizeof(uint32_t)}, 16) * 16);
+    shape_.partials = reinterpret_cast<float4*>(shape_.counters + kMatmulGpuCounters);
   }
 
   void run() {

@@ -404,6 +404,20 @@ def replays(comm, triton_dtypes) -> Found:
     return found + ([f"{eager} eager calls between replays are wrong"] if eager else [])
 
 
+def in_turn(comm, triton_dtypes) -> Found:
+    """GEMMs that cut other numbers of tiles along K, one after the other in one workspace."""
+    x = reals(comm, (9, 4096), torch.bfloat16, 1, comm.rank)
+    weights = [reals(comm, (64 * n, 4096), torch.bfloat16, n, comm.rank) for n in (7, 1, 40, 3, 20)]
+    want = [F.linear(x.double(), w.double()) for w in weights]
+    failures = []
+    for i in range(4 * len(weights)):
+        y = ops.matmul(x, weights[i % 5], backend="cuda")
+        error = (y.double() - want[i % 5]).abs().max() / want[i % 5].abs().max()
+        if not error < 0.01:
+            failures.append(f"call {i}: {len(weights[i % 5])} columns are off by {error:.3g}")
+    return failures
+
+
 def soak(calls: int) -> Found:
     """Small all-reduces, a graph of 1,000 at a time."""
     with torch.cuda.stream(torch.cuda.Stream()), torch.inference_mode(), communicator() as comm:
@@ -548,6 +562,7 @@ RESULTS = (
     norms,
     scattered_and_gathered,
     uneven,
+    in_turn,
     batches,
     replays,
     stragglers,
