@@ -19,7 +19,7 @@ RESULTS = {
     "norms": "all_reduce_rms_norm sums in rank order",
     "scattered_and_gathered": "reduce_scatter and all_gather",
     "uneven": "matmul_all_reduce with uneven parts of K",
-    "in_turn": "GEMMs of different shapes in turn",
+    "shapes_in_turn": "GEMMs of different shapes in turn",
     "batches": "a row's bits do not depend on its batch",
     "replays": "8192 graph replays give the eager bits",
     "stragglers": "late ranks harm nothing",

@@ -404,7 +404,7 @@ def replays(comm, triton_dtypes) -> Found:
     return found + ([f"{eager} eager calls between replays are wrong"] if eager else [])
 
 
-def in_turn(comm, triton_dtypes) -> Found:
+def shapes_in_turn(comm, triton_dtypes) -> Found:
     """GEMMs that cut other numbers of tiles along K, one after the other in one workspace."""
     x = reals(comm, (9, 4096), torch.bfloat16, 1, comm.rank)
     weights = [reals(comm, (64 * n, 4096), torch.bfloat16, n, comm.rank) for n in (7, 1, 40, 3, 20)]
@@ -562,7 +562,7 @@ RESULTS = (
     norms,
     scattered_and_gathered,
     uneven,
-    in_turn,
+    shapes_in_turn,
     batches,
     replays,
     stragglers,
