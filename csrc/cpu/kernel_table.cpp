@@ -61,8 +61,8 @@ bool runs(const std::string& name) {
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl");
   }
-  if (name == "avx512_bf16" || name == "avx512_fma")
-    return runs("avx512") && __builtin_cpu_supports("avx512bf16");
+  if (name == "avx512_bf16") return runs("avx512") && __builtin_cpu_supports("avx512bf16");
+  if (name == "avx512_fma") return runs("avx512_bf16");
 #endif
 #ifdef COMMFUSE_WITH_AMX
   if (name == "amx") return runs("avx512_bf16") && tiles_granted();
