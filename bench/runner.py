@@ -33,6 +33,7 @@ READ_BYTES, READ_SLICE = 256 << 20, 32 << 20
 # Of each cell's calls, where differences of a few per cent between cells make `exposed`.
 EXPOSED_SECONDS = 4.0
 AUTO, _READ = "auto", "read"
+_HAND_OVER, _DISPATCH = "hand over", "dispatch"
 _GEMM, _UNFUSED = "gemm", "gemm+all_reduce"
 
 
@@ -233,12 +234,15 @@ def measure_case(case: Case, options: Options, comm: Communicator) -> list[dict]
         cells.append(_read_cell())
     exposes = {_GEMM, _UNFUSED} <= {cell.name for cell in cells}
     seconds = EXPOSED_SECONDS if exposes else SECONDS
-    times = measure(cells, comm, options.iterations, interleaved=streams, seconds=seconds)
+    with Communicator(None) as alone:
+        if adapter.one_message and "cpu" in copies and comm.world_size == 2:
+            cells += _floor_cells(adapter, copies["cpu"][0], comm, alone)
+        times = measure(cells, comm, options.iterations, interleaved=streams, seconds=seconds)
     read_gb_per_s = READ_SLICE / times[_READ].p50_us / 1e3 if streams else None
     return [
         _row(adapter, options, comm, times, cell.name, len(cell.calls), read_gb_per_s)
         for cell in cells
-        if cell.name != _READ
+        if cell.name not in (_READ, _HAND_OVER, _DISPATCH)
     ]
 
 
@@ -337,6 +341,40 @@ def _read_cell() -> Cell:
     return Cell(_READ, [lambda s=s: native.read_memory(s) for s in slices])
 
 
+def _floor_cells(
+    adapter: Adapter, inputs: Inputs, comm: Communicator, alone: Communicator
+) -> list[Cell]:
+    """What an op over shared memory cannot do without: its messages, and a call from Python.
+
+    With more ranks than two, an op may do with fewer bytes than every message to every peer.
+    """
+    sent, most = adapter.message_bytes(), comm.payload_bytes
+    parts = [min(most, sent - begin) for begin in range(0, sent, most)] or [0]
+
+    def hand_over() -> None:
+        for part in parts:
+            comm.hand_over(part)
+
+    empty = adapter.without_rows(inputs)
+    return [
+        Cell(_HAND_OVER, [hand_over]),
+        Cell(_DISPATCH, [lambda: adapter.call(empty, alone, "cpu")]),
+    ]
+
+
+def _floor(
+    times: Mapping[str, Times], name: str, streamed: int, read_gb_per_s: float | None
+) -> dict[str, float | None]:
+    """The fields of a row on the CPU that say what the machine needs."""
+    if _HAND_OVER not in times or name not in ("cpu", AUTO):
+        return {"floor_us": None, "dispatch_us": None}
+    stream_us = streamed / read_gb_per_s / 1e3 if read_gb_per_s else 0.0
+    return {
+        "floor_us": round(stream_us + times[_HAND_OVER].p50_us, 3),
+        "dispatch_us": round(times[_DISPATCH].p50_us, 3),
+    }
+
+
 def visible(
     times: Mapping[str, Times], name: str, gemm: str, unfused: Sequence[str]
 ) -> float | None:
@@ -423,7 +461,9 @@ def _row(
         "threads_per_rank": torch.get_num_threads(),
         "transport": comm.transport,
     }
-    if options.device == "cuda":
+    if options.device == "cpu":
+        row |= _floor(times, name, streamed, read_gb_per_s)
+    else:
         baselines = [
             times[peer.name].p50_us
             for peer in peers.values()

@@ -35,6 +35,10 @@ def _time(us: float) -> str:
     return f"{us:.1f}" if us < 1000 else f"{us:.0f}"
 
 
+def _optional_time(us: float | None) -> str:
+    return "" if us is None else _time(us)
+
+
 def _shape_text(row: dict) -> str:
     """Dimensions and options, as a case prints them."""
     return " ".join(f"+{k}" if v is True else f"{k}={v}" for k, v in row["shape"].items())
@@ -52,6 +56,8 @@ def _cells(row: dict) -> dict[str, str]:
         "p20": _time(row["p20_us"]),
         "p50": _time(row["p50_us"]),
         "p80": _time(row["p80_us"]),
+        "floor": _optional_time(row.get("floor_us")),
+        "dispatch": _optional_time(row.get("dispatch_us")),
         "to torch": ratio_text(row["times_faster_than_torch"], reference),
         "exposed": _loss_text(exposed),
         "GB/s": "" if rate is None else f"{rate:.1f}",

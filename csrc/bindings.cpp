@@ -146,6 +146,7 @@ PYBIND11_MODULE(_C, m) {
       .def("workspace", &workspace, py::arg("rank"))
       .def("check", &Communicator::check)
       .def("barrier", &Communicator::barrier, unlocked)
+      .def("hand_over", &Communicator::hand_over, py::arg("bytes"), unlocked)
       .def("close", &Communicator::close, unlocked)
       .def("statistics", &Communicator::statistics)
       .def("reset_statistics", &Communicator::reset_statistics)

@@ -37,6 +37,18 @@ const KernelTable& amx_table() {
 }
 #endif
 
+#if defined(__x86_64__)
+const KernelTable& avx512_fma_table() {
+  static const KernelTable table = [] {
+    KernelTable made = avx512_bf16::table;
+    made.name = "avx512_fma";
+    made.gemm = avx512::table.gemm;
+    return made;
+  }();
+  return table;
+}
+#endif
+
 bool runs(const std::string& name) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -50,6 +62,7 @@ bool runs(const std::string& name) {
            __builtin_cpu_supports("avx512vl");
   }
   if (name == "avx512_bf16") return runs("avx512") && __builtin_cpu_supports("avx512bf16");
+  if (name == "avx512_fma") return runs("avx512_bf16");
 #endif
 #ifdef COMMFUSE_WITH_AMX
   if (name == "amx") return runs("avx512_bf16") && tiles_granted();
@@ -63,33 +76,34 @@ const KernelTable& table_of(const std::string& name) {
 #endif
 #if defined(__x86_64__)
   if (name == "avx512_bf16") return avx512_bf16::table;
+  if (name == "avx512_fma") return avx512_fma_table();
   if (name == "avx512") return avx512::table;
   if (name == "avx2") return avx2::table;
 #endif
   return plain::table;
 }
 
-// Whether the dot product of bfloat16 pairs is the fastest way to multiply. Intel's cores without
-// tiles take 2 cycles for one, and in that time 4 fused multiply-adds, which are twice as many
-// products (measured on Emerald Rapids).
-bool fast_pairs() {
+// The faster way to multiply where there are instructions for bfloat16 and no tiles. Intel's cores
+// take 2 cycles for a dot product of bfloat16 pairs, and in that time 4 fused multiply-adds, which
+// are twice as many products (measured on Emerald Rapids).
+const char* fastest_avx512_bf16() {
 #if defined(__x86_64__)
-  return runs("avx512_bf16") && !__builtin_cpu_is("intel");
-#else
-  return false;
+  if (__builtin_cpu_is("intel")) return "avx512_fma";
 #endif
+  return "avx512_bf16";
 }
 
 const KernelTable& choose() {
   if (const char* wanted = std::getenv("COMMFUSE_CPU_ISA"); wanted && *wanted) {
     if (!runs(wanted)) {
-      throw std::invalid_argument(std::string("COMMFUSE_CPU_ISA=") + wanted +
-                                  ": this processor cannot run it; use amx, avx512_bf16, avx512, "
-                                  "avx2 or plain, as far as `commfuse doctor` lists them");
+      throw std::invalid_argument(
+          std::string("COMMFUSE_CPU_ISA=") + wanted +
+          ": this processor cannot run it; use amx, avx512_bf16, avx512_fma, "
+          "avx512, avx2 or plain, as far as `commfuse doctor` lists them");
     }
     return table_of(wanted);
   }
-  for (const char* name : {"amx", fast_pairs() ? "avx512_bf16" : "avx512", "avx512", "avx2"}) {
+  for (const char* name : {"amx", fastest_avx512_bf16(), "avx512", "avx2"}) {
     if (runs(name)) return table_of(name);
   }
   return plain::table;

@@ -117,7 +117,7 @@ extern const KernelTable table;
 }
 
 // The table for this processor, or the one named by COMMFUSE_CPU_ISA (amx, avx512_bf16,
-// avx512, avx2, plain).
+// avx512_fma, avx512, avx2, plain).
 // Throws std::invalid_argument if the name is unknown or the processor cannot run it.
 const KernelTable& kernels();
 

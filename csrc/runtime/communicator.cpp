@@ -8,8 +8,11 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <mutex>
 #include <utility>
+
+#include "cpu/kernel_table.h"
 
 namespace commfuse {
 namespace {
@@ -205,6 +208,23 @@ void Communicator::barrier() {
   call.wait_all(0, 0);
 }
 
+void Communicator::hand_over(size_t bytes) {
+  Descriptor descriptor;
+  descriptor.op = Op::hand_over;
+  descriptor.dims = 1;
+  descriptor.shape[0] = static_cast<int64_t>(bytes);
+  Call call(*this, descriptor);
+  if (world_ == 1) return;
+  std::memset(call.payload(rank_, 0), static_cast<int>(generation_ & 0x3f), bytes);
+  call.publish(0, 0, bytes);
+  for (int peer = 0; peer < world_; ++peer) {
+    if (peer == rank_) continue;
+    call.wait(peer, 0, 0);
+    // In groups of four lines; a slot ends with a page.
+    kernels().read_memory(call.payload(peer, 0), round_up(bytes, 4 * kLine));
+  }
+}
+
 Call::Call(Communicator& communicator, const Descriptor& descriptor)
     : communicator_(communicator), descriptor_(descriptor) {
   if (communicator.busy_.exchange(true, std::memory_order_acquire)) {
@@ -223,6 +243,7 @@ Call::Call(Communicator& communicator, const Descriptor& descriptor)
   if (communicator.world_ == 1) return;
   generation_ = ++communicator.generation_;
   parity_ = static_cast<int>(generation_ % 2);
+  if (communicator.world_ == 2) swapped_ = static_cast<int>(generation_ / 2 % 2);
   word_ = word_value(generation_, descriptor.tag());
   communicator.segment_->area(communicator.rank_).descriptors[parity_] = descriptor;
 }

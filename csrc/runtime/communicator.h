@@ -68,6 +68,9 @@ class Communicator {
   void check() const;
   // Every rank enters before any rank leaves.
   void barrier();
+  // Every rank writes as many bytes for its peers and reads theirs, and that is all: what the way
+  // between the cores costs any op whose messages are as large. At most payload_bytes(0).
+  void hand_over(size_t bytes);
   // Leaves in order; peers that wait for this rank are told. Calls after it throw.
   void close();
 
@@ -133,8 +136,9 @@ class Call {
   ~Call() { communicator_.busy_.store(false, std::memory_order_release); }
   Call(const Call&) = delete;
 
+  // Where a rank's payload of this call lies.
   std::byte* payload(int rank, int phase) const {
-    return communicator_.segment_->payload(rank, parity_, phase);
+    return communicator_.segment_->payload(rank ^ swapped_, parity_, phase);
   }
   // Makes what this rank has written to its payload, `bytes` of it, visible to all ranks.
   void publish(int phase, int block, size_t bytes);
@@ -153,6 +157,7 @@ class Call {
   const Descriptor& descriptor_;
   uint64_t generation_ = 0;
   int parity_ = 0;
+  int swapped_ = 0;  // 1 where two ranks write to each other's slots (R16)
   uint64_t word_ = 0;
 };
 

@@ -26,6 +26,8 @@ const char* name_of(Op op) {
       return "all_gather";
     case Op::vocab_parallel_sample:
       return "vocab_parallel_sample";
+    case Op::hand_over:
+      return "hand_over";
   }
   return "unknown";
 }
@@ -48,6 +50,7 @@ std::string Descriptor::str() const {
   static constexpr const char* kNames[] = {"bfloat16", "float16", "float32"};
   std::string text = name_of(op);
   if (op == Op::none || op == Op::barrier) return text;
+  if (op == Op::hand_over) return text + " of " + std::to_string(shape[0]) + " bytes";
   text += std::string(" ") + kNames[static_cast<int>(dtype)] + "[";
   for (int i = 0; i < dims; ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
   text += "]";

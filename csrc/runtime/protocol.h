@@ -27,6 +27,7 @@ enum class Op : uint16_t {
   reduce_scatter,
   all_gather,
   vocab_parallel_sample,
+  hand_over,
 };
 
 const char* name_of(Op op);

@@ -69,6 +69,13 @@ class TestOps:
             assert row["ranks"] == 2 and row["gpus"] == 0 and row["emulated"] == "100:10"
             assert 100 <= row["p20_us"] <= row["p50_us"] <= row["p80_us"]
             assert row["exposed"] is None and row["iterations"] == 10
+            if row["backend"] == "cpu":
+                # A link of 10 GB/s: the op cannot be faster than what hands its bytes over.
+                link_us = 100 + row["bytes"] / 10e3
+                assert link_us <= row["floor_us"] <= 2 * row["p50_us"]
+                assert 0 < row["dispatch_us"] < link_us
+            else:
+                assert row["floor_us"] is None and row["dispatch_us"] is None
 
     def test_rows_of_matmul_all_reduce(self, of_worker):
         (rows, *_), (others, *_) = of_worker
@@ -83,6 +90,7 @@ class TestOps:
         assert cpu["fraction_of_read"] == pytest.approx(
             cpu["streamed_bytes"] / cpu["p50_us"] / 1e3 / cpu["read_gb_per_s"], rel=1e-3
         )
+        assert cpu["floor_us"] > cpu["streamed_bytes"] / cpu["read_gb_per_s"] / 1e3
         assert cpu["iterations"] == gemm["iterations"] == unfused["iterations"]
         assert np.isfinite(cpu["exposed"])
         assert all(by_name[name]["exposed"] is None for name in by_name if name != "cpu")
@@ -101,7 +109,7 @@ class TestOps:
             assert "the ranks' results differ" in complaint
 
     def test_one_rank_needs_no_peer(self, capsys):
-        rows = _run_here(capsys, "verify_chain", "--ranks", "1", "--json", "--iterations", "1")
+        rows = _run_here(capsys, "all_gather", "--ranks", "1", "--json", "--iterations", "1")
         assert {json.loads(row)["transport"] for row in rows.out.splitlines()} == {"local"}
 
     def test_numbers_of_ranks_are_measured_one_after_the_other(self, monkeypatch, capsys):
@@ -112,7 +120,7 @@ class TestOps:
 
     def test_auto_is_a_backend(self, capsys):
         arguments = ["--ranks", "1", "--json", "--iterations", "1", "--backends", "auto,cpu"]
-        rows = _run_here(capsys, "verify_chain", *arguments).out.splitlines()
+        rows = _run_here(capsys, "all_gather", *arguments).out.splitlines()
         assert [json.loads(row)["backend"] for row in rows[:2]] == ["auto", "cpu"]
 
     def test_without_a_gpu_cuda_is_refused(self, monkeypatch, capsys):

@@ -9,6 +9,7 @@ from commfuse.ops._sampling import philox
 from commfuse.testing import run_ranks
 
 SAMPLING = str(Path(__file__).parents[1] / "workers" / "sampling.py")
+DTYPES = ["bfloat16", "float16", "float32"]
 TRUNCATED = {"temperature": 0.8, "top_k": 9, "top_p": 0.9}
 # Of chi-square, in standard deviations from its mean: what a right sampler exceeds once in more
 # than 10^6 fixed seeds. With 20,000 draws over 16 tokens a token whose probability of 0.1 is off by
@@ -72,9 +73,16 @@ def test_a_local_winner_is_caught():
     assert deviation(found[0], due[0]) > 2 * BOUND
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_neither_ranks_nor_batch_change_a_token(dtype):
-    worlds = [run_ranks(f"{SAMPLING}:draws", world, args=(dtype,)) for world in (1, 2, 3)]
+@pytest.fixture(scope="module")
+def drawn():
+    """Of each dtype and number of ranks, what every rank has drawn."""
+    found = [run_ranks(f"{SAMPLING}:draws", world, args=(DTYPES,)) for world in (1, 2, 3)]
+    return {dtype: [[rank[dtype] for rank in world] for world in found] for dtype in DTYPES}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_neither_ranks_nor_batch_change_a_token(drawn, dtype):
+    worlds = drawn[dtype]
     expected = worlds[0][0]
     for results in (rank for world in worlds for rank in world):
         for ours, theirs in zip(results, expected, strict=True):

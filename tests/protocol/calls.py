@@ -80,6 +80,7 @@ class Protocol:
 
     push: bool = False  # payload and words lie with the reader (GPU), or with the writer (CPU)
     halves: int = 2
+    swap_slots: bool = False  # two ranks: in every second pair of calls they write to each other's
     word_parity: bool = True
     word_phase: bool = True
     payload_phase: bool = True

@@ -37,7 +37,7 @@ from .programs import build
 
 ONE, TWO, ZERO, OTHER, FLAGGED = OneShot(), TwoShot(), Zero(), OneShot(name="other"), Flagged()
 WIDE, NARROW = OneShot(parts=2, grid=2), OneShot(parts=2, grid=1)
-PULL, PUSH = Protocol(), Protocol(push=True)
+PULL, PUSH, SWAPPED = Protocol(), Protocol(push=True), Protocol(swap_slots=True)
 MIXED = [ONE, TWO, ZERO, ONE, TWO]
 GRIDS = [WIDE, NARROW, WIDE, NARROW]
 ONE_AHEAD = [Sliced(slices, ahead=1) for slices in (3, 1, 4, 2)]
@@ -108,6 +108,9 @@ def sound() -> list[Configuration]:
         add("slices 3, 1, 4, 2, one ahead", 2, ONE_AHEAD, way)
         add("grids 2, 1, 2, 1", 2, GRIDS, way)
         add("two-shot grids 2, 1, 2, 2", 2, TWO_SHOT_GRIDS, way)
+    add("one-shot x6, slots swapped", 2, [ONE] * 6, SWAPPED)
+    add("one, two, zero, one, two, slots swapped", 2, MIXED, SWAPPED)
+    add("slices 3, 1, 4, 2, one ahead, slots swapped", 2, ONE_AHEAD, SWAPPED)
     add("one-shot x5", 3, [ONE] * 5, PUSH, long=True)
     add("slices 2, 1, 2, at once", 3, [Sliced(s, ahead=0) for s in (2, 1, 2)], PULL)
     add("slices 2, 1", 3, [Sliced(2), Sliced(1)], PULL, long=True)
@@ -211,6 +214,9 @@ def controls() -> list[Configuration]:
         for name, programs, rules, fault in table:
             protocol = Protocol(push=push, **rules)
             found.append(Configuration(name, 2, programs, protocol, fault=fault))
+    swapped = Protocol(swap_slots=True, halves=1)
+    name = "one payload half, slots swapped"
+    found.append(Configuration(name, 2, [ONE] * 3, swapped, fault=OVERWRITTEN))
     one_half = Protocol(halves=1)
     found.append(Configuration("one payload half", 3, [ONE] * 3, one_half, fault=OVERWRITTEN))
     plain = Failures(lambda outcome: True, validated=False)

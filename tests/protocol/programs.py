@@ -100,6 +100,8 @@ class _Builder:
 
     def payload(self, source: int, reader: int, generation: int, phase: int, cell: int) -> tuple:
         half = generation % self.protocol.halves
+        if self.protocol.swap_slots and generation // 2 % 2:
+            source = 1 - source
         phase = phase if self.protocol.payload_phase else 0
         return ("payload", self.home(source, reader), source, half, phase, cell)
 

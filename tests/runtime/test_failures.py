@@ -59,6 +59,7 @@ def absence(jobs):
         ("parts", "all_gather float32[2, 4]", "all_gather float32[1, 4]"),
         ("directions", "all_gather float32[6, 4]", "reduce_scatter float32[6, 4]"),
         ("barrier", "all_reduce float32[2, 4]", "barrier"),
+        ("messages", "hand_over of 512 bytes", "hand_over of 64 bytes"),
         ("large", "all_reduce float32[3000000]", "all_reduce float32[5]"),
     ],
 )
@@ -146,6 +147,8 @@ def refusals():
         ("no shared memory", "BackendUnavailable", ["needs shared memory", "torch: available"]),
         ("handle", "BackendUnavailable", ["'torch.distributed' has no shared memory"]),
         ("workspace of torch", "BackendUnavailable", ["'torch.distributed' shares no memory"]),
+        ("hand over", "UsageError", ["4194305 bytes do not fit", "use 0 to 4194304"]),
+        ("hand over of torch", "BackendUnavailable", ["'torch.distributed' shares no memory"]),
         ("auto over torch", "", ["[[2.0, 2.0], [2.0, 2.0]]"]),
     ],
 )

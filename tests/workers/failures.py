@@ -71,6 +71,7 @@ def mismatches() -> dict[str, dict[str, Raised]]:
         "parts": (lambda c: ops.all_gather(one, c), lambda c: ops.all_gather(one[:1], c)),
         "directions": (lambda c: ops.all_gather(six, c), lambda c: ops.reduce_scatter(six, c)),
         "barrier": (lambda c: ops.all_reduce(one, c), lambda c: c.barrier()),
+        "messages": (lambda c: c.hand_over(512), lambda c: c.hand_over(64)),
         # Different numbers of slices and calls; two-shot against one-shot.
         "large": (
             lambda c: ops.all_reduce(torch.ones(3_000_000), c),
@@ -164,10 +165,12 @@ def refusals() -> dict[str, Raised]:
         results["unpacked"] = raised(lambda: ops.matmul_all_reduce(x, w, comm, backend="cpu"))
         results["unknown"] = raised(lambda: ops.all_reduce(x, comm, "nccl"))
         results["triton"] = raised(lambda: ops.all_reduce(x, comm, "triton"))
+        results["hand over"] = raised(lambda: comm.hand_over(comm.payload_bytes + 1))
     with communicator(transport="torch.distributed") as comm:
         results["no shared memory"] = raised(lambda: ops.all_reduce(x, comm, "cpu"))
         results["handle"] = raised(lambda: comm.handle)
         results["workspace of torch"] = raised(lambda: comm.workspace(0))
+        results["hand over of torch"] = raised(lambda: comm.hand_over(1))
         results["auto over torch"] = ("", str(ops.all_reduce(x, comm).tolist()), 0.0)
     return results
 

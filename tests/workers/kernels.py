@@ -40,7 +40,8 @@ def _wrong(ours: torch.Tensor, exact: torch.Tensor, flushed: torch.Tensor) -> in
 
 def _flushes(dtype: torch.dtype) -> bool:
     """Instructions for bfloat16 have no subnormal numbers (Intel SDM, VDPBF16PS, TDPBF16PS)."""
-    return dtype == torch.bfloat16 and _extension.require().cpu_isa() in ("avx512_bf16", "amx")
+    isa = _extension.require().cpu_isa()
+    return dtype == torch.bfloat16 and isa in ("avx512_bf16", "avx512_fma", "amx")
 
 
 def _rounded_sums() -> list[str]:

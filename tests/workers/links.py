@@ -51,6 +51,8 @@ def links() -> dict:
         x, w = torch.ones(1, 64), ops.pack_weight(torch.ones(512, 64))
         times, out = _seconds(comm, lambda: ops.matmul_all_reduce(x, w, comm))
         results["fused"] = {"times": times, "right": bool((out == 64 * comm.world_size).all())}
+        times, _ = _seconds(comm, lambda: comm.hand_over(64))
+        results["hand over"] = {"times": times, "right": True}
         logits = torch.arange(8.0)[None]
         times, out = _seconds(comm, lambda: ops.vocab_parallel_argmax(logits, 8 * comm.rank, comm))
         results["argmax"] = {"times": times, "right": out.tolist() == [7]}

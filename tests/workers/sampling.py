@@ -79,7 +79,12 @@ def counts(size: int, trials: int, closeness: float, options: dict, how: str) ->
     return found, accepted, due
 
 
-def draws(dtype: str) -> list:
+def draws(dtypes: list[str]) -> dict[str, list]:
+    """By dtype: see :func:`_draws`."""
+    return {dtype: _draws(dtype) for dtype in dtypes}
+
+
+def _draws(dtype: str) -> list:
     """Tokens and log-probabilities of one batch with every option: the same for any world size."""
     size, batch = 1000, 24
     generator = torch.Generator().manual_seed(1)

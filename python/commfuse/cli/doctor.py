@@ -23,6 +23,7 @@ AVX512_BF16 = (*AVX512, "avx512_bf16")
 ISA_FEATURES = {
     "amx": (*AVX512_BF16, "amx_tile", "amx_bf16"),
     "avx512_bf16": AVX512_BF16,
+    "avx512_fma": AVX512_BF16,
     "avx512": AVX512,
     "avx2": AVX2,
     "plain": (),

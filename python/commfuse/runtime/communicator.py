@@ -353,6 +353,35 @@ class Communicator:
         else:
             dist.barrier(group=self.group)
 
+    def hand_over(self, nbytes: int) -> None:
+        """Writes bytes that every peer reads, reads theirs, and does nothing else.
+
+        No op over shared memory that exchanges messages of this size can be faster: what memory
+        and the way between the cores take, for benchmarks to compare with.
+
+        Args:
+            nbytes: of each rank's message; at most :attr:`payload_bytes`.
+
+        Raises:
+            UsageError: the message is larger.
+            BackendUnavailable: the ranks share no memory of the CPU.
+            CommunicatorError: a rank called something else, was late, or is gone.
+
+        Example:
+            >>> comm.hand_over(8192)                 # on every rank
+        """
+        self.check_host()
+        if self._native is None or self.transport not in (SHARED_MEMORY, LOCAL):
+            raise BackendUnavailable(
+                _extension.reason or f"transport {self.transport!r} shares no memory of the CPU"
+            )
+        if self.world_size > 1 and not 0 <= nbytes <= self.payload_bytes:
+            raise UsageError(
+                f"{nbytes} bytes do not fit the communicator's payload: use 0 to "
+                f"{self.payload_bytes}, or make it with Communicator(payload_bytes={nbytes})"
+            )
+        self._native.hand_over(nbytes)
+
     def torch_all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Sums ``x`` over the ranks, in place, by torch.distributed: what commfuse competes with.
 

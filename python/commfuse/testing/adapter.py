@@ -22,12 +22,15 @@ class Adapter:
         packs_weight: whether the ``cpu`` backend takes a packed weight, made by :meth:`prepare`.
         exact: whether its results on inputs made with ``integers`` are exact.
         scattered: whether every rank gets a part of its own of the results; see :meth:`share`.
+        one_message: whether the ranks exchange their messages of :meth:`message_bytes` and nothing
+            else; the message is then proportional to the rows of ``x``.
     """
 
     op: ClassVar[str]
     packs_weight: ClassVar[bool] = False
     exact: ClassVar[bool] = False
     scattered: ClassVar[bool] = False
+    one_message: ClassVar[bool] = False
 
     def __init__(self, case: Case, dtype: torch.dtype, world_size: int, device: str = "cpu"):
         self.case, self.dtype, self.world_size, self.device = case, dtype, world_size, device
@@ -90,6 +93,13 @@ class Adapter:
     def streamed_bytes(self) -> int:
         """What each rank reads of its weight or KV cache in one call, bytes; 0 without either."""
         return 0
+
+    def without_rows(self, inputs: Inputs) -> Inputs:
+        """Prepared inputs of a call that has nothing to send; for ops with ``one_message``."""
+        rows = {
+            name: inputs[name][:0] for name in ("x", "residual") if inputs.get(name) is not None
+        }
+        return {**inputs, **rows}
 
     def duplicate(self, inputs: Inputs, backend: str) -> Inputs:
         """As :meth:`prepare`, with weights in memory of their own."""

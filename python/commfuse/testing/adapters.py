@@ -35,6 +35,7 @@ class AllReduce(Adapter):
 
     op = "all_reduce"
     exact = True
+    one_message = True
 
     def make(self, random):
         return [{"x": random(self.case["m"], self.case["n"])} for _ in range(self.world_size)]
@@ -107,6 +108,7 @@ class AllReduceRMSNorm(Adapter):
     """Inputs: x, residual [m, n] (or None), weight [n]."""
 
     op = "all_reduce_rms_norm"
+    one_message = True
 
     def make(self, random):
         m, n = self.case["m"], self.case["n"]
@@ -186,6 +188,7 @@ class MatmulAllReduce(Adapter):
 
     op = "matmul_all_reduce"
     packs_weight = True
+    one_message = True
     shared = ("bias", "residual", "norm_weight")
 
     def make(self, random):
