@@ -35,7 +35,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> verify_chain(
                       draws.columns, "] (a row for each draft token, this rank's columns)");
     check_on_gpu(q, logits, "draft_probabilities");
     draws.draft_rows = q.size(0);
-    draws.draft_probabilities = q.size(0) ? q.const_data_ptr<float>() : nullptr;
+    draws.draft_probabilities = q.const_data_ptr<float>();
   }
   draws.stream = Stream::target;
   const at::Tensor tokens = at::empty({batch, longest + 1}, drafts.options());

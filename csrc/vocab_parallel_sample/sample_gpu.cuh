@@ -384,7 +384,8 @@ struct Kind {
   __device__ Kind(const Draws& draws, int64_t request) {
     sampled = draws.temperature && __ldg(draws.temperature + request) != 0;
     truncated = sampled && (__ldg(draws.top_k + request) > 0 || __ldg(draws.top_p + request) < 1);
-    distributed = sampled && draws.draft_probabilities;
+    // Not by the pointer, which is null where a rank has no columns: ranks must agree.
+    distributed = sampled && draws.draft_rows > 0;
   }
   __device__ int plain_rows(int rows) const { return truncated ? 0 : distributed ? 1 : rows; }
 };

@@ -22,9 +22,9 @@ struct Draws {
   int64_t batch, longest;            // longest: of all drafts
   const int64_t* drafts;             // [batch, longest]
   const int64_t* draft_lengths;      // [batch]; null: a row for each request, without drafts
-  const float* draft_probabilities;  // [drafted rows, columns] of this rank, or null
-  int64_t draft_rows;
-  const double* temperature;  // [batch], and the following; null: the largest logit's
+  const float* draft_probabilities;  // [draft_rows, columns] of this rank
+  int64_t draft_rows;                // 0: drafts were not drawn
+  const double* temperature;         // [batch], and the following; null: the largest logit's
   const int64_t* top_k;
   const double* top_p;
   const int64_t* seed;
