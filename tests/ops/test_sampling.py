@@ -30,6 +30,8 @@ def deviation(found: torch.Tensor, due: torch.Tensor) -> float:
     expected = torch.cat((expected[~rare], expected[rare].sum()[None]))
     counts, expected = counts[expected > 0], expected[expected > 0]
     freedom = len(counts) - 1
+    if freedom == 0:  # too few draws to tell any two tokens apart
+        return 0.0
     chi_square = ((counts - expected) ** 2 / expected).sum().item()
     return (chi_square - freedom) / (2 * freedom) ** 0.5
 
@@ -122,7 +124,7 @@ REQUEST = st.fixed_dictionaries(
 
 
 # Always the same examples: one draw in some 10^5 may depend on the last bit of a weight.
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(
     requests=st.lists(REQUEST, min_size=1, max_size=4),
     size=st.sampled_from((1, 2, 127, 128, 129, 300)),
