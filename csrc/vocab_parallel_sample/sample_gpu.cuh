@@ -219,7 +219,7 @@ struct ResidualWeights {
 template <class T, bool kNormaliser, class Weights>
 __device__ __forceinline__ Best scan(const T* logits, int64_t columns, int first, int n, int turn,
                                      const RowOptions& row, const Weights& weights) {
-  constexpr int kUnroll = sizeof(T) == 2 ? 4 : 2;
+  constexpr int kUnroll = sizeof(T) == 2 ? 2 : 1;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int half = lane >> 4, part = lane & 15;
   const int steps = (n + 1) / 2;
@@ -247,16 +247,23 @@ __device__ __forceinline__ Best scan(const T* logits, int64_t columns, int first
     count = 0;
   };
 
-  for (int j = (warp - turn) & (kSampleWarps - 1); j < steps; j += kUnroll * kSampleWarps) {
-    Vector8<T> vectors[kUnroll];
+  // The next steps' logits are on their way while these are worked on.
+  Vector8<T> vectors[kUnroll], next[kUnroll];
+  const auto fetch = [&](int j) {
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int block = first + 2 * (j + u * kSampleWarps) + half;
       const int64_t column = int64_t{block} * kBlock + part * kVector;
       const int64_t valid = block < first + n ? columns - column : 0;
-      vectors[u].load(logits + column, valid < kVector ? static_cast<int>(valid) : kVector,
-                      aligned);
+      next[u].load(logits + column, valid < kVector ? static_cast<int>(valid) : kVector, aligned);
     }
+  };
+  int j = (warp - turn) & (kSampleWarps - 1);
+  if (j < steps) fetch(j);
+  for (; j < steps; j += kUnroll * kSampleWarps) {
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) vectors[u] = next[u];
+    if (j + kUnroll * kSampleWarps < steps) fetch(j + kUnroll * kSampleWarps);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       if (j + u * kSampleWarps >= steps) break;
