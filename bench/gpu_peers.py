@@ -204,6 +204,17 @@ def _gather_then_verify(inputs: Inputs, comm: Communicator) -> Outputs:
     )  # fmt: skip
 
 
+def _gather_then_torch_argmax(inputs: Inputs, comm: Communicator) -> Outputs:
+    return (_gathered(inputs, comm, "logits").argmax(dim=1),)
+
+
+def _check_argmax(inputs: list[Inputs], rank: int, outputs: Outputs) -> str | None:
+    """Of equal logits torch takes any."""
+    logits = torch.cat([x["logits"] for x in inputs], dim=1)
+    largest = logits.gather(1, outputs[0][:, None])[:, 0] == logits.amax(dim=1)
+    return None if bool(largest.all()) else "not the largest logit"
+
+
 def _peer(name: str, call, obstacle=_ranks_obstacle, **attributes) -> Peer:
     return Peer(name, call, layout="cuda", beside="cuda", obstacle=obstacle, **attributes)
 
@@ -245,7 +256,18 @@ GPU_PEERS: dict[str, tuple[Peer, ...]] = {
         _torch_peer("cublas+one_shot", _cublas_then_one_shot),
         _torch_peer("cublas+two_shot", _cublas_then_two_shot),
     ),
-    "vocab_parallel_argmax": (_peer("gather+cuda", _gather_then_argmax, prepare=_with_alone),),
+    "vocab_parallel_argmax": (
+        _peer("gather+cuda", _gather_then_argmax, prepare=_with_alone),
+        Peer(
+            "gather+torch",
+            _gather_then_torch_argmax,
+            layout="cuda",
+            beside="cuda",
+            prepare=_with_alone,
+            check=_check_argmax,
+            baseline=True,
+        ),
+    ),
     "vocab_parallel_sample": _draws(_gather_then_sample, sampling_peers.sample),
     "verify_chain": _draws(_gather_then_verify, sampling_peers.verify),
 }

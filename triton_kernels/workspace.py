@@ -22,10 +22,18 @@ SLOT_ALIGNMENT = 4096  # bytes: a multiple of every tile that a kernel moves
 POLLS_PER_SECOND = {"cuda": 4_000_000, "cpu": 800}
 
 # The index is the op's, the dtype's code in a descriptor.
-OPS = ("none", "all_reduce", "all_reduce_rms_norm", "matmul_all_reduce")
+OPS = (
+    "none",
+    "all_reduce",
+    "all_reduce_rms_norm",
+    "matmul_all_reduce",
+    "vocab_parallel_argmax",
+    "vocab_parallel_sample",
+    "verify_chain",
+)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # The tensors that a call may leave out: bit i of a descriptor's options stands for the i-th.
-OPTIONS = ("bias", "residual", "norm_weight")
+OPTIONS = ("bias", "residual", "norm_weight", "log_probabilities")
 
 
 def round_up(value: int, multiple: int) -> int:

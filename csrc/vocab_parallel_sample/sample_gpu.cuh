@@ -219,7 +219,7 @@ struct ResidualWeights {
 template <class T, bool kNormaliser, class Weights>
 __device__ __forceinline__ Best scan(const T* logits, int64_t columns, int first, int n, int turn,
                                      const RowOptions& row, const Weights& weights) {
-  constexpr int kUnroll = sizeof(T) == 2 ? 4 : 2;
+  constexpr int kUnroll = sizeof(T) == 2 ? 2 : 1;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int half = lane >> 4, part = lane & 15;
   const int steps = (n + 1) / 2;
@@ -247,16 +247,23 @@ __device__ __forceinline__ Best scan(const T* logits, int64_t columns, int first
     count = 0;
   };
 
-  for (int j = (warp - turn) & (kSampleWarps - 1); j < steps; j += kUnroll * kSampleWarps) {
-    Vector8<T> vectors[kUnroll];
+  // The next steps' logits are on their way while these are worked on.
+  Vector8<T> vectors[kUnroll], next[kUnroll];
+  const auto fetch = [&](int j) {
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int block = first + 2 * (j + u * kSampleWarps) + half;
       const int64_t column = int64_t{block} * kBlock + part * kVector;
       const int64_t valid = block < first + n ? columns - column : 0;
-      vectors[u].load(logits + column, valid < kVector ? static_cast<int>(valid) : kVector,
-                      aligned);
+      next[u].load(logits + column, valid < kVector ? static_cast<int>(valid) : kVector, aligned);
     }
+  };
+  int j = (warp - turn) & (kSampleWarps - 1);
+  if (j < steps) fetch(j);
+  for (; j < steps; j += kUnroll * kSampleWarps) {
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) vectors[u] = next[u];
+    if (j + kUnroll * kSampleWarps < steps) fetch(j + kUnroll * kSampleWarps);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       if (j + u * kSampleWarps >= steps) break;
@@ -814,6 +821,38 @@ class Sampler {
     s_.target = left;
   }
 
+  // The block: the best of all ranks' candidates for a row. False: a failure.
+  template <class T, class Weights>
+  __device__ __noinline__ bool choose(const T* logits, const RowOptions& row,
+                                      const Weights& weights, Candidate* winner) {
+    Best best = scan<T, false>(logits, d_.columns, 0, per_row_, 0, row, weights);
+    __syncthreads();  // nobody still reads what the last row's warps have found
+    if (lane_ == 0) s_.best[0][warp_] = best;
+    __syncthreads();
+    Candidate own = {kNoKey, kNobody, -infinity(), 0, 0};
+    if (warp_ == 0) {
+      best = s_.best[0][lane_];
+      best.reduce<false>(32);
+      own = token_of(logits, d_.columns, d_.vocab_begin, best, row, weights);
+    }
+    const uint2 packs[2] = {pack_of(own.key),
+                            {static_cast<uint32_t>(own.id), __float_as_uint(own.logit)}};
+    if (!exchange(2, packs[threadIdx.x & 1],
+                  [&](int t, int source, uint2 pack) { s_.packs[source][t] = pack; })) {
+      return false;
+    }
+    *winner = {kNoKey, kNobody, -infinity(), 0, 0};
+    for (int source = 0; source < (kWorld == 1 ? 1 : exchange_.world()); ++source) {
+      const double key = __longlong_as_double(word_of(s_.packs[source][0]));
+      const int32_t id = static_cast<int32_t>(s_.packs[source][1].x);
+      if (!replaces(key, id, winner->key, winner->id)) continue;
+      winner->key = key;
+      winner->id = id;
+      winner->logit = __uint_as_float(s_.packs[source][1].y);
+    }
+    return true;
+  }
+
   // The block: one row that takes several passes; its token goes to s_.winner.
   template <class T>
   __device__ __noinline__ bool draw(int request, int index) {
@@ -897,40 +936,20 @@ class Sampler {
     }
 
     if (!accepted) {
-      Best best;
-      const TargetWeights<true> target;
       const ResidualWeights residual = {q, d_.columns, largest,
                                         static_cast<float>(kOne / static_cast<double>(mass))};
-      best = drafted ? scan<T, false>(logits, d_.columns, 0, per_row_, 0, row, residual)
-                     : scan<T, false>(logits, d_.columns, 0, per_row_, 0, row, target);
-      if (lane_ == 0) s_.best[0][warp_] = best;
-      __syncthreads();
-      if (warp_ == 0) {
-        best = s_.best[0][lane_];
-        best.reduce<false>(32);
-        winner = drafted ? token_of(logits, d_.columns, d_.vocab_begin, best, row, residual)
-                         : token_of(logits, d_.columns, d_.vocab_begin, best, row, target);
-      }
-      const uint2 packs[2] = {pack_of(winner.key),
-                              {static_cast<uint32_t>(winner.id), __float_as_uint(winner.logit)}};
-      if (!exchange(2, packs[threadIdx.x & 1],
-                    [&](int t, int source, uint2 pack) { s_.packs[source][t] = pack; })) {
+      if (!(drafted ? choose(logits, row, residual, &winner)
+                    : choose(logits, row, TargetWeights<true>{}, &winner))) {
         return false;
-      }
-      winner = {kNoKey, kNobody, -infinity(), 0, 0};
-      for (int source = 0; source < (kWorld == 1 ? 1 : exchange_.world()); ++source) {
-        const double key = __longlong_as_double(word_of(s_.packs[source][0]));
-        const int32_t id = static_cast<int32_t>(s_.packs[source][1].x);
-        if (!replaces(key, id, winner.key, winner.id)) continue;
-        winner.key = key;
-        winner.id = id;
-        winner.logit = __uint_as_float(s_.packs[source][1].y);
       }
       if (drafted && winner.key != winner.key && threadIdx.x == 0) {
         report(global, index, RowProblem::draft_nan);
       }
-      // Without any residual, target and draft are the same distribution: nothing to refuse.
-      accepted = drafted && winner.key == kNoKey;
+      // Where the target has nothing above the draft's distribution the two are the same, and the
+      // draft was refused by rounding, or because it is no token.
+      if (drafted && winner.key == kNoKey && !choose(logits, row, TargetWeights<true>{}, &winner)) {
+        return false;
+      }
     }
     if (accepted) winner = {0, static_cast<int32_t>(draft), draft_logit, 0, 0};
 

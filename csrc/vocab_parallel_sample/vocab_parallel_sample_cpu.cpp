@@ -80,21 +80,17 @@ class Sampler {
     truncate(false);
     truncate(true);
     find_masses();
-    const std::vector<Winner> winners = choose();
+    std::vector<Winner> winners = choose();
+    replace_without_residual(winners);
     const std::vector<Normaliser> normalisers = normalise();
     for (size_t i = 0; i < rows_.size(); ++i) {
       const SampleRow& row = rows_[i];
       const State& state = states_[i];
-      const bool drafts = uses_draft(row);
-      // Without any residual, target and draft are the same distribution: nothing to refuse.
-      const bool accepted = drafts && (state.accepted || winners[i].key == -kInfinity);
-      if (drafts && std::isnan(winners[i].key)) {
-        throw draft_nan(place(row));
-      }
-      if (!accepted) require_token(row, winners[i].key);
-      tokens[i] = accepted ? row.draft : winners[i].id;
+      if (uses_draft(row) && std::isnan(winners[i].key)) throw draft_nan(place(row));
+      if (!state.accepted) require_token(row, winners[i].key);
+      tokens[i] = state.accepted ? row.draft : winners[i].id;
       if (log_probabilities) {
-        const float logit = accepted ? state.draft_logit : winners[i].logit;
+        const float logit = state.accepted ? state.draft_logit : winners[i].logit;
         log_probabilities[i] = static_cast<float>(double{logit} - normalisers[i].largest -
                                                   std::log(normalisers[i].sum));
       }
@@ -305,10 +301,29 @@ class Sampler {
                      : uses_draft(rows_[row]) ? from_residual(row)
                                               : from_target(row);
     });
+    exchange(winners);
+    return winners;
+  }
+
+  void exchange(std::vector<Winner>& winners) {
     exchange_rows(communicator_, descriptor_, winners, [](Winner& mine, const Winner& theirs) {
       if (replaces(theirs.key, theirs.id, mine.key, mine.id)) mine = theirs;
     });
-    return winners;
+  }
+
+  // Where the target has nothing above the draft's distribution the two are the same, and a draft
+  // was refused by rounding, or because it is no token: a draw from the target takes its place.
+  void replace_without_residual(std::vector<Winner>& winners) {
+    std::vector<size_t> which;
+    for (size_t i = 0; i < rows_.size(); ++i) {
+      const bool refused = uses_draft(rows_[i]) && !states_[i].accepted;
+      if (refused && winners[i].key == -kInfinity) which.push_back(i);
+    }
+    if (which.empty()) return;
+    std::vector<Winner> drawn(which.size());
+    for_rows(which, [&](int64_t i, size_t row) { drawn[i] = from_target(row); });
+    exchange(drawn);
+    for (size_t i = 0; i < which.size(); ++i) winners[which[i]] = drawn[i];
   }
 
   Winner most_probable(size_t row) const {

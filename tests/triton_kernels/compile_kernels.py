@@ -14,7 +14,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from commfuse.triton_kernels import all_reduce, all_reduce_rms_norm, matmul_all_reduce
+from commfuse.triton_kernels import (
+    all_reduce,
+    all_reduce_rms_norm,
+    matmul_all_reduce,
+    vocab_parallel_sample,
+)
 from commfuse.triton_kernels.workspace import Layout
 
 VARIANTS = [(torch.bfloat16, "bf16", 2), (torch.float16, "fp16", 3), (torch.float32, "fp32", 8)]
@@ -53,6 +58,8 @@ def variants(architecture: int):
         constants = {"BLOCK": all_reduce.block_size(dtype), **layout.constants()}
         kernel, warps = all_reduce.all_reduce_kernel, all_reduce.NUM_WARPS
         yield "all_reduce", variant, compiled(architecture, kernel, signature, constants, warps)
+        if variant == EVERYWHERE and architecture < 100:
+            yield "verify_chain", variant, drawing(architecture, pointee, layout)
         if architecture != 90 and variant != EVERYWHERE:
             continue  # each takes seconds
 
@@ -80,6 +87,18 @@ def variants(architecture: int):
             variant,
             compiled(architecture, kernel, signature, constants, warps),
         )
+
+
+def drawing(architecture: int, pointee: str, layout: Layout):
+    """The kernel that draws, with log-probabilities."""
+    integers = ("drafts", "lengths", "seed", "position", "tokens", "accepted", "addresses")
+    signature = {
+        **dict.fromkeys(integers, "*i64"), "logits": f"*{pointee}", "temperature": "*fp64",
+        "logs": "*fp32", "status": "*i32",
+    }  # fmt: skip
+    constants = {"BLOCKS": vocab_parallel_sample.BLOCKS, "LOGS": True, **layout.constants()}
+    kernel, warps = vocab_parallel_sample.draw_kernel, vocab_parallel_sample.NUM_WARPS
+    return compiled(architecture, kernel, signature, constants, warps)
 
 
 def resources(cubin: bytes) -> dict[str, int]:

@@ -68,6 +68,16 @@ class TestAllReduce:
         assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) == world_size + 1
 
 
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_drawing(compiled, architecture):
+    result = compiled[str(architecture)]["verify_chain"]["float16 W=3"]
+    assert result["cubin_bytes"] > 0 and result["STACK"] == 0
+    ptx = result["ptx"]
+    assert len(re.findall(r"atom\.global\.sys\.release\.exch\.b64", ptx)) == 1
+    assert re.search(r"atom\.global\.sys\.acquire\.add\.u64", ptx)
+    assert not re.findall(r"(?:atom|red)\.\S*\.f(?:16|32|64)", ptx)
+
+
 FUSED = [(80, "float16 W=3"), (100, "float16 W=3"), *((90, variant) for variant in VARIANTS)]
 
 

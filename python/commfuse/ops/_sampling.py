@@ -198,10 +198,11 @@ def draw_row(
     else:
         uniform = noise(seed, position, ACCEPTANCE, torch.zeros(1, dtype=torch.int64))[0].item()
         accepted = bool(q[token] > 0 and uniform * q[token] < p[token])
-    residual = (p - q).clamp(min=0)
-    if accepted or not residual.any():
+    if accepted:
         return token
-    return draw(residual, seed, position, stream)
+    residual = (p - q).clamp(min=0)
+    # Without any, target and draft are the same distribution.
+    return draw(residual if residual.any() else p, seed, position, stream)
 
 
 def check_rows(logits: torch.Tensor, place) -> None:

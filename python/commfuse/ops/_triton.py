@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 
+from commfuse.errors import BackendUnavailable, CommfuseError, UsageError
 from commfuse.ops._registry import DTYPES, Query
+from commfuse.ops._sampling import BLOCK, TARGET, Sampling
 from commfuse.runtime.communicator import Communicator
 
 
@@ -109,3 +112,62 @@ def matmul_all_reduce_triton(
         normalised=normalised,
     )
     return summed if normalised is None else (normalised, summed)
+
+
+def draw_triton(
+    op: str,
+    logits: torch.Tensor,
+    drafts: torch.Tensor,
+    lengths: torch.Tensor,
+    sampling: Sampling,
+    positions: torch.Tensor,
+    vocab_begin: int,
+    comm: Communicator,
+    log_probabilities: bool,
+    place: Callable[[int, int], str],
+    stream: int = TARGET,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(tokens, accepted, log-probabilities) of rows that are drawn from the whole target.
+
+    Looks at options and results on the host: such a call cannot be captured. ``place`` names a
+    request's row in errors.
+
+    Raises:
+        BackendUnavailable: a request draws by top-k or top-p.
+        UsageError: draft lengths do not fit; or the shard is not cut at a multiple of 128.
+        CommfuseError: a row has no token.
+    """
+    from commfuse.triton_kernels.vocab_parallel_sample import STATUS, draw
+
+    drawn = sampling.temperature != 0
+    if bool((drawn & ((sampling.top_k > 0) | (sampling.top_p < 1))).any()):
+        raise BackendUnavailable(
+            f"{op}: the triton backend draws from all tokens; for top-k and top-p use cpu or cuda"
+        )
+    if logits.shape[1] and vocab_begin % BLOCK and bool(drawn.any()):
+        raise UsageError(
+            f"vocab_begin is {vocab_begin}: shards must be cut at multiples of {BLOCK}"
+        )
+    batch, longest = drafts.shape
+    counts = lengths.tolist()
+    for request, length in enumerate(counts):
+        if not 0 <= length <= longest:
+            raise UsageError(f"draft_lengths[{request}] is {length}, not in 0..{longest}")
+    if len(logits) != sum(counts) + batch:
+        raise UsageError(
+            f"logits has {len(logits)} rows, not {sum(counts) + batch} (each request's draft "
+            "length + 1)"
+        )
+    comm.check_host()
+    tokens, logs, accepted, status = draw(
+        op, logits, drafts, lengths, sampling.temperature, sampling.seed, positions, stream,
+        vocab_begin, log_probabilities, _workspace(comm),
+    )  # fmt: skip
+    comm.check()
+    rows = [(b, j) for b, length in enumerate(counts) for j in range(length + 1)]
+    for row, kind in zip(rows, status.tolist(), strict=True):
+        if kind:
+            raise CommfuseError(
+                f"the logits of {place(*row)} are {STATUS[kind]}: no token can be chosen"
+            )
+    return tokens, accepted, logs

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from commfuse.errors import BackendUnavailable
 from commfuse.ops._registry import (
     Backend,
     Op,
@@ -22,6 +23,7 @@ from commfuse.ops._sampling import (
     gather_columns,
     log_probabilities_of,
 )
+from commfuse.ops._triton import draw_triton, triton_obstacle
 from commfuse.ops.vocab_parallel_argmax import torch_argmax
 from commfuse.runtime.communicator import Communicator
 
@@ -126,6 +128,21 @@ def _native(
     )  # fmt: skip
 
 
+def _triton(
+    logits, drafts, draft_lengths, sampling, positions, vocab_begin, comm, draft_probabilities,
+    log_probabilities,
+):  # fmt: skip
+    if draft_probabilities is not None:
+        raise BackendUnavailable(
+            "verify_chain: the triton backend takes drafts without distributions; for "
+            "draft_probabilities use cpu or cuda"
+        )
+    return draw_triton(
+        "verify_chain", logits, drafts, draft_lengths, sampling, positions, vocab_begin, comm,
+        log_probabilities, lambda request, row: _name((request, row)),
+    )  # fmt: skip
+
+
 def _torch(
     logits, drafts, draft_lengths, sampling, positions, vocab_begin, comm, draft_probabilities,
     log_probabilities,
@@ -145,6 +162,7 @@ OP = Op(
     (
         Backend("cpu", _native, cpu_obstacle),
         Backend("cuda", _native, cuda_obstacle),
+        Backend("triton", _triton, triton_obstacle, automatic=False),
         Backend("torch", _torch, torch_on_host_obstacle),
     ),
 )
@@ -193,7 +211,8 @@ def verify_chain(
         draft_probabilities: float32 [sum of draft lengths, shard], the distributions that the
             drafts were drawn from, by other noise (:func:`vocab_parallel_sample` with ``draft``).
         log_probabilities: return them.
-        backend: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"torch"`` (on the CPU).
+        backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"`` (without top-k, top-p and draft
+            distributions) or ``"torch"`` (on the CPU).
 
     Raises:
         CommfuseError: a row is NaN, infinite, or -inf throughout; all ranks raise it, naming the

@@ -15,6 +15,8 @@ from commfuse.ops._registry import (
     define,
     torch_on_host_obstacle,
 )
+from commfuse.ops._sampling import Sampling
+from commfuse.ops._triton import draw_triton, triton_obstacle
 from commfuse.runtime.communicator import Communicator
 
 
@@ -36,6 +38,16 @@ def reference(shards: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def _native(logits, vocab_begin, comm):
     return _vocab_parallel_argmax(logits, vocab_begin, comm.handle)
+
+
+def _triton(logits, vocab_begin, comm):
+    rows = len(logits)
+    none = torch.zeros(rows, dtype=torch.int64, device=logits.device)
+    return draw_triton(
+        "vocab_parallel_argmax", logits, none.new_empty(rows, 0), none,
+        Sampling.of(rows).to(logits.device), none, vocab_begin, comm, False,
+        lambda row, _: f"row {row}",
+    )[0][:, 0]  # fmt: skip
 
 
 def torch_argmax(
@@ -69,6 +81,7 @@ OP = Op(
     (
         Backend("cpu", _native, cpu_obstacle),
         Backend("cuda", _native, cuda_obstacle),
+        Backend("triton", _triton, triton_obstacle, automatic=False),
         Backend("torch", torch_argmax, torch_on_host_obstacle),
     ),
 )
@@ -85,7 +98,7 @@ def vocab_parallel_argmax(
         logits: [rows, size of this rank's shard], contiguous; padding must not be in it.
         vocab_begin: global id of the shard's first entry.
         comm: every rank must call.
-        backend: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"torch"`` (on the CPU).
+        backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"torch"`` (on the CPU).
 
     Returns:
         int64 [rows], equal on all ranks.

@@ -23,6 +23,7 @@ from commfuse.ops._sampling import (
     gather_columns,
     log_probabilities_of,
 )
+from commfuse.ops._triton import draw_triton, triton_obstacle
 from commfuse.ops.vocab_parallel_argmax import torch_argmax
 from commfuse.runtime.communicator import Communicator
 
@@ -68,6 +69,16 @@ def _native(logits, sampling, positions, vocab_begin, comm, draft, log_probabili
     )
 
 
+def _triton(logits, sampling, positions, vocab_begin, comm, draft, log_probabilities):
+    one = torch.zeros_like(positions)
+    tokens, _, logs = draw_triton(
+        "vocab_parallel_sample", logits, one.new_empty(len(one), 0), one, sampling, positions,
+        vocab_begin, comm, log_probabilities, lambda request, _: f"request {request}",
+        DRAFT if draft else TARGET,
+    )  # fmt: skip
+    return tokens[:, 0], logs[:, 0]
+
+
 def _torch(logits, sampling, positions, vocab_begin, comm, draft, log_probabilities):
     if sampling.greedy and not log_probabilities:
         place = "request {}".format
@@ -81,6 +92,7 @@ OP = Op(
     (
         Backend("cpu", _native, cpu_obstacle),
         Backend("cuda", _native, cuda_obstacle),
+        Backend("triton", _triton, triton_obstacle, automatic=False),
         Backend("torch", _torch, torch_on_host_obstacle),
     ),
 )
@@ -117,7 +129,8 @@ def vocab_parallel_sample(
         draft: draw by the noise that is kept for drafts, on which that of :func:`verify_chain`
             does not depend.
         log_probabilities: return them.
-        backend: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"torch"`` (on the CPU).
+        backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"`` (without top-k, top-p and draft
+            distributions) or ``"torch"`` (on the CPU).
 
     Returns:
         (tokens, log-probabilities): int64 [batch], equal on all ranks; float32 [batch], the tokens'
