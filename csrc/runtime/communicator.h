@@ -1,6 +1,8 @@
 // One rank's end of a group of ranks that share memory, and the calls that are made on it.
 #pragma once
 
+#include <sched.h>
+
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -35,8 +37,8 @@ struct ConcurrentUseError : std::runtime_error {
 };
 
 struct Statistics {
-  uint64_t calls = 0;             // collective calls (barriers not counted)
-  uint64_t bytes_sent = 0;        // published by this rank, times W - 1 receivers
+  uint64_t calls = 0;       // collective calls (barriers not counted), messages sent or received
+  uint64_t bytes_sent = 0;  // published by this rank, times W - 1 receivers
   uint64_t communication_ns = 0;  // waiting for peers, copying and adding their data
 };
 
@@ -97,12 +99,15 @@ class Communicator {
 
  private:
   friend class Call;
+  friend class Message;
   friend class CommunicationTimer;
 
   void wait(int peer, int phase, int block, uint64_t expected, const Descriptor& mine);
-  void wait_slowly(int peer, int phase, int block, uint64_t expected, const Descriptor& mine);
-  [[noreturn]] void raise(Failure failure, int peer, int phase, int block, uint64_t generation,
-                          uint64_t seen, const Descriptor& mine);
+  // The waiting of docs/protocol.md, section 8. there(): whether what is awaited has come;
+  // differs(): whether something else stands in its place; fail(why) says so and raises.
+  template <class There, class Differs, class Fail>
+  void wait_for(int peer, There there, Differs differs, Fail fail);
+  [[noreturn]] void raise(const FailureDetails& details);
   void record(const FailureDetails& details) const;
   void watch_peers();
 
@@ -124,6 +129,39 @@ class Communicator {
   std::thread watcher_;
   std::shared_ptr<gpu::Attachment> gpu_;
 };
+
+inline void pause_briefly() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// An emulated link still carries the message until then.
+void hold_until(int64_t deliver_at);
+
+template <class There, class Differs, class Fail>
+void Communicator::wait_for(int peer, There there, Differs differs, Fail fail) {
+  constexpr int kFastPolls = 1000;
+  for (int i = 0; i < kFastPolls; ++i) {
+    if (there()) return;
+    if (!read_ahead_.step()) pause_briefly();
+  }
+  const RankArea& area = segment_->area(peer);
+  const int64_t deadline = now_ns() + static_cast<int64_t>(timeout_s_ * 1e9);
+  for (;;) {
+    // Read before the word: who closes or runs out of time does so after its last signal.
+    const bool late = now_ns() > deadline;
+    const bool closed = area.closed.load(std::memory_order_acquire) != 0;
+    if (there()) return;
+    check();
+    if (differs()) fail(Failure::mismatch);
+    if (closed) fail(Failure::closed);
+    if (late) fail(Failure::timeout);
+    sched_yield();
+  }
+}
 
 // One call on a communicator, from its generation to its last read. Throws at construction if the
 // communicator has failed, is closed, or is in use.

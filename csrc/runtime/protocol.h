@@ -27,6 +27,8 @@ enum class Op : uint16_t {
   reduce_scatter,
   all_gather,
   vocab_parallel_sample,
+  send,
+  recv,
 };
 
 const char* name_of(Op op);
@@ -99,6 +101,7 @@ struct SegmentHeader {
   int32_t world;
   uint64_t payload_bytes;    // of one half in phase 0
   uint64_t workspace_bytes;  // of one rank, for kernels outside this file
+  uint64_t channel_bytes;    // of the channel that a segment of two ranks may carry
   alignas(kLine) ErrorRecord error;
 };
 

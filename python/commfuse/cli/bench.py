@@ -8,7 +8,7 @@ import typer
 
 from commfuse.cli.ranks import gpu_lab, rank_counts, run_again_as_ranks, started_ranks
 from commfuse.errors import UsageError
-from commfuse.runtime.link import parse_links
+from commfuse.runtime.link import Link, parse_links
 
 DEVICES = ("cpu", "cuda")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -17,7 +17,8 @@ CASES = ("quick", "all")
 
 def bench(
     op: Annotated[
-        str, typer.Argument(help="An op (all_reduce, matmul_all_reduce, …) or generate.")
+        str,
+        typer.Argument(help="An op (all_reduce, matmul_all_reduce, …), send_recv or generate."),
     ],
     device: Annotated[str, typer.Option(help=f"{' or '.join(DEVICES)}.")] = "cpu",
     ranks: Annotated[
@@ -42,7 +43,10 @@ def bench(
     ] = None,
     link: Annotated[
         list[str] | None,
-        typer.Option(help="Emulated link: tp=nvlink4, pcie4, 100gbe, …, or latency_us:GB/s."),
+        typer.Option(
+            help="Emulated link: tp=nvlink4, pcie4, 100gbe, …, or latency_us:GB/s; pp=… for "
+            "send_recv."
+        ),
     ] = None,
     model: Annotated[
         str, typer.Option(help="generate: smollm2, a Hugging Face directory, or a GGUF file.")
@@ -81,6 +85,10 @@ def bench(
             run_generate(model, count, names, dtype, iterations or 3, links.get("tp"), as_json)
         return
 
+    if op == "send_recv":
+        _send_recv(device, counts, started, names, dtype, cases, iterations, links, as_json)
+        return
+
     from commfuse.bench.runner import Options, check_options, run_rank
 
     every = [
@@ -106,6 +114,37 @@ def bench(
         for count in counts:
             if status := run_again_as_ranks(count, lab.environment(count) if lab else None):
                 raise typer.Exit(status)
+
+
+def _send_recv(
+    device: str,
+    counts: list[int],
+    started: int | None,
+    names: tuple[str, ...] | None,
+    dtype: str,
+    cases: str,
+    iterations: int | None,
+    links: dict[str, Link],
+    as_json: bool,
+) -> None:
+    from commfuse.bench.send_recv import Options, check_options, run_rank
+
+    if device == "cuda":
+        raise UsageError("--device cuda: bench send_recv runs on the CPU in this version")
+    options = Options(
+        backends=names,
+        dtype=dtype,
+        cases=cases,
+        iterations=iterations,
+        link=links.get("pp"),
+        as_json=as_json,
+    )
+    for count in counts:
+        check_options(options, count)
+    if started is not None:
+        run_rank(options)
+    elif status := run_again_as_ranks(2):
+        raise typer.Exit(status)
 
 
 def _split(names: str | None) -> tuple[str, ...] | None:

@@ -63,7 +63,7 @@ def explain_all(comm, device: str = "cpu") -> dict[str, dict]:
     from commfuse import ops
 
     found = {}
-    for name in ops.OP_NAMES:
+    for name in (*ops.OP_NAMES, *ops.CHANNEL_OP_NAMES):
         packed = (
             True if name in ("matmul", "matmul_all_reduce", "vocab_parallel_embedding") else None
         )

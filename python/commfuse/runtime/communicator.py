@@ -37,7 +37,7 @@ class Statistics:
     """What a communicator has done since it was made or reset.
 
     Attributes:
-        calls: collective calls.
+        calls: collective calls, and messages sent or received.
         bytes_sent: bytes that this rank has sent, once for each receiver.
         communication_seconds: time of this rank in communication: waiting for peers, copying and
             adding their data. The computing part of a fused op is not counted.
@@ -144,6 +144,8 @@ class Communicator:
         self.link = link
         self.backends: dict[Any, Any] = {}  # filled by commfuse.ops: what serves which call
         self.further_checks: list[Callable[[], None]] = []  # of check(), by commfuse.ops
+        self.channels: list[Any] = []  # between its ranks; they close with it
+        self.port_free_ns = 0  # of an emulated link, for messages by torch.distributed
         self._torch_traffic = Statistics()
         self._native = None
         self._messages: symmetric.SymmetricBuffer | None = None
@@ -407,6 +409,12 @@ class Communicator:
         self._torch_traffic.bytes_sent += transferred
         self._torch_traffic.communication_seconds += end - begin
 
+    def count_message(self, bytes_sent: int, seconds: float) -> None:
+        """Counts a message of a channel that torch.distributed has carried."""
+        self._torch_traffic.calls += 1
+        self._torch_traffic.bytes_sent += bytes_sent
+        self._torch_traffic.communication_seconds += seconds
+
     def statistics(self) -> Statistics:
         """Counters since construction or the last :meth:`reset_statistics`."""
         total = Statistics(**vars(self._torch_traffic))
@@ -445,6 +453,8 @@ class Communicator:
             self._closed = True
             self.backends.clear()
             self.further_checks.clear()
+            for channel in self.channels:
+                channel.close()
             try:
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)  # kernels of ours may still be at work
