@@ -13,10 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from commfuse import ops
 from commfuse.errors import CommfuseError
+from commfuse.ops.recv import reference as recv_reference
 from commfuse.runtime.channel import Channel
 from commfuse.runtime.communicator import Communicator
 from commfuse.runtime.link import parse_link
-from commfuse.testing.numerics import digest
+from commfuse.testing.numerics import complaint, digest
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ROWS = (0, 1, 2, 3, 7, 64, 65, 130)
@@ -85,8 +86,20 @@ def exact() -> dict:
             if comm.rank == last and transport == TRANSPORTS[0]:
                 with FakeTensorMode():
                     fake = torch.ops.commfuse.recv(5, there.handle)
-                if (fake.shape, fake.dtype) != ((5, columns), dtype):
-                    failures.append(f"shape-only: {fake}")
+                    norm = torch.empty(columns, dtype=dtype)
+                    pair = torch.ops.commfuse.recv.rms_norm(5, there.handle, norm, 1e-5)
+                if any((f.shape, f.dtype) != ((5, columns), dtype) for f in (fake, *pair)):
+                    failures.append(f"shape-only: {fake}, {pair}")
+            norm = torch.rand(columns, generator=torch.Generator().manual_seed(7)).to(dtype)
+            x = torch.randn(65, columns, generator=torch.Generator().manual_seed(8)).to(dtype)
+            if comm.rank == 0:
+                ops.send(x, there)
+            elif comm.rank == last:
+                y, found = ops.recv(65, there, norm_weight=norm, eps=1e-5)
+                expected, _ = recv_reference(x, norm, 1e-5)
+                plain = torch.nn.functional.rms_norm(x, norm.shape, norm, 1e-5)
+                if digest(found) != digest(x) or complaint(y, plain, expected):
+                    failures.append(f"{transport} {dtype} norm: {complaint(y, plain, expected)}")
             dist.barrier()
             there.close()
             back.close()

@@ -154,7 +154,7 @@ class Channel:
                     address = server.address
                 except RuntimeError as error:
                     problem = str(error)
-        everybody = comm._gather((repr(self), address, problem))
+        everybody = comm.gather((repr(self), address, problem))
         for rank, (declared, _, _) in enumerate(everybody):
             if declared != everybody[0][0]:
                 raise PeerMismatch(

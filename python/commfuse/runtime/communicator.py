@@ -171,7 +171,10 @@ class Communicator:
                 self._share_gpu_memory(payload_bytes, workspace_bytes)
         self._closed = False
 
-    def _gather(self, value: Any) -> list[Any]:
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order, by torch.distributed; anything that can be pickled."""
+        if self.world_size == 1:
+            return [value]
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.group)
         return values
@@ -180,7 +183,7 @@ class Communicator:
         on_gpu = self.device.type == "cuda"
         missing = _extension.why_no_cuda() if on_gpu else _extension.reason
         place = symmetric.device_identity(self.device) if on_gpu else ("", "")
-        hosts, reasons, places = zip(*self._gather((_host_identity(), missing, place)), strict=True)
+        hosts, reasons, places = zip(*self.gather((_host_identity(), missing, place)), strict=True)
         if asked == TORCH_DISTRIBUTED:
             return TORCH_DISTRIBUTED
         problem = next((reason for reason in reasons if reason is not None), None)
@@ -192,7 +195,7 @@ class Communicator:
         elif on_gpu and problem is None:
             if conflict := symmetric.placement_problem(list(places)):
                 raise UsageError(conflict)
-            unreachable = self._gather(symmetric.unreachable(self.device, [g for g, _ in places]))
+            unreachable = self.gather(symmetric.unreachable(self.device, [g for g, _ in places]))
             problem = next((reason for reason in unreachable if reason is not None), None)
         if problem is None:
             return own
@@ -210,7 +213,7 @@ class Communicator:
         mine = (properties.multi_processor_count, None)
         if self.rank == 0:
             mine = (mine[0], tuning.load(properties.name, self.world_size))
-        everybody = self._gather(mine) if self.world_size > 1 else [mine]
+        everybody = self.gather(mine)
         self._native.attach_gpu(
             self.device.index,
             self._messages.addresses,
