@@ -1,7 +1,6 @@
 #include <cstring>
 #include <tuple>
 
-#include "runtime/channel.h"
 #include "runtime/channel_tensors.h"
 
 namespace commfuse {

@@ -32,6 +32,15 @@ struct RowBlocks {
   RowBlocks(int64_t rows, int64_t row_bytes);
   int64_t begin(int block) const { return std::min<int64_t>(rows, block * rows_each); }
   int64_t end(int block) const { return begin(block + 1); }
+  // The end of the blocks that a GEMM computes together with this one: it reads its weights once
+  // for all of them. Two ranks need not group alike.
+  int group_end(int block) const {
+    return std::min(count, block + static_cast<int>(std::max<int64_t>(1, kGroupRows / rows_each)));
+  }
+
+  // A multiple of the GEMM's tiles of six rows and of sixteen. With fewer rows, the reading of
+  // large weights would take longer than their multiplication.
+  static constexpr int64_t kGroupRows = 96;
 };
 
 class Channel {

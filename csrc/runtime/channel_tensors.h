@@ -35,13 +35,18 @@ inline void check_rows(const Channel& channel, int64_t rows) {
                     "; send more in several messages, or make the channel with more rows");
 }
 
+inline void check_message_type(const Channel& channel, int64_t columns, at::ScalarType dtype,
+                               const char* name) {
+  TORCH_CHECK_VALUE(columns == channel.shape().columns, name, " has ", columns,
+                    " columns, the channel ", channel.shape().columns);
+  TORCH_CHECK_VALUE(dtype == scalar_type(channel), name, " is ", dtype, ", the channel ",
+                    scalar_type(channel));
+}
+
 inline void check_message(const Channel& channel, const at::Tensor& x, const char* name) {
   check_matrix(x, name);
   check_rows(channel, x.size(0));
-  TORCH_CHECK_VALUE(x.size(1) == channel.shape().columns, name, " has ", x.size(1),
-                    " columns, the channel ", channel.shape().columns);
-  TORCH_CHECK_VALUE(x.scalar_type() == scalar_type(channel), name, " is ", x.scalar_type(),
-                    ", the channel ", scalar_type(channel));
+  check_message_type(channel, x.size(1), x.scalar_type(), name);
 }
 
 }  // namespace commfuse

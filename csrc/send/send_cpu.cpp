@@ -1,10 +1,10 @@
+#include "send/send.h"
+
 #include <cstring>
 
-#include "runtime/channel.h"
 #include "runtime/channel_tensors.h"
 
 namespace commfuse {
-namespace {
 
 void send(const at::Tensor& x, int64_t handle) {
   Channel& channel = Channel::from_handle(handle);
@@ -20,8 +20,6 @@ void send(const at::Tensor& x, int64_t handle) {
     from += bytes;
   }
 }
-
-}  // namespace
 
 TORCH_LIBRARY_IMPL(commfuse, CPU, m) { m.impl("send", &send); }
 

@@ -23,6 +23,10 @@ def test_every_bit_arrives(ranks):
         assert rank["exact"] == {"failures": [], "traffic": []}
 
 
+def test_gemms_that_send_and_receive(ranks):
+    assert [rank["fused"] for rank in ranks] == [[]] * len(ranks)
+
+
 def test_a_ring_with_stragglers(ranks):
     assert [rank["ring"] for rank in ranks] == [[]] * len(ranks)
 
@@ -34,8 +38,8 @@ def test_a_sender_that_is_slow_to_signal(ranks):
 def test_an_emulated_link_delivers_when_it_should(ranks):
     for (link, nbytes, transport), times in ranks[1]["links"].items():
         asked = LINKS[link, nbytes]
-        assert min(times) >= asked, transport
-        assert sorted(times)[len(times) // 2] <= 1.05 * asked, transport
+        # Other processes may delay some, nothing may hasten one.
+        assert asked <= min(times) <= 1.05 * asked, transport
 
 
 @pytest.mark.long

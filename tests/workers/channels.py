@@ -13,7 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from commfuse import ops
 from commfuse.errors import CommfuseError
+from commfuse.ops.matmul_send import reference as send_reference
 from commfuse.ops.recv import reference as recv_reference
+from commfuse.ops.recv_matmul import reference as recv_matmul_reference
 from commfuse.runtime.channel import Channel
 from commfuse.runtime.communicator import Communicator
 from commfuse.runtime.link import parse_link
@@ -106,6 +108,63 @@ def exact() -> dict:
     return {"failures": failures, "traffic": traffic}
 
 
+def fused() -> list[str]:
+    """matmul_send and recv_matmul against float64 and, in bits, against their unfused forms."""
+    failures = []
+    rows = (0, 1, 5, 96, 97, 200)  # around the groups that a GEMM computes together
+    with Communicator(dist.group.WORLD) as comm, Communicator() as alone:
+        for transport, dtype, (k, n, after) in itertools.product(
+            TRANSPORTS, DTYPES, ((33, 17, 65), (64, 1031, 31))
+        ):
+            sizes = {"rows": max(rows), "columns": n, "dtype": dtype, "transport": transport}
+            channel = Channel(comm, 0, 1, **sizes)
+            for seed, m in enumerate(rows):
+                name = f"{transport} {dtype} [{m}, {k}] -> {n} -> {after}"
+                generator = torch.Generator().manual_seed(seed)
+
+                def random(*shape, generator=generator, dtype=dtype):
+                    return torch.randn(shape, generator=generator).to(dtype)
+
+                x, w, v = random(m, k), random(n, k), random(after, n)
+                first, second = random(n), random(after)
+                residual, norm = random(m, n), random(n)
+                chosen = {"bias": first} if seed % 2 else {}
+                chosen |= {"residual": residual} if seed % 3 else {}
+                packed = ops.pack_weight(w)
+                sent = ops.matmul_all_reduce(x, packed, alone, **chosen)
+                if comm.rank == 0:
+                    ops.matmul_send(x, packed, channel, **chosen)
+                elif comm.rank == 1:
+                    options = {"bias": second, "norm_weight": norm if seed % 2 else None}
+                    y, found = ops.recv_matmul(m, channel, ops.pack_weight(v), **options)
+                    # The largest error of few numbers is luck.
+                    large = found.numel() >= 4096
+                    problem = complaint(found, sent, send_reference(x, w, **chosen))
+                    if large and transport == TRANSPORTS[1] and problem:
+                        failures.append(f"{name}: sent {problem}")
+                    normal = sent
+                    if seed % 2 and transport == TRANSPORTS[0]:
+                        normal, _ = ops.all_reduce_rms_norm(sent, None, norm, 1e-6, alone)
+                    elif seed % 2:
+                        normal = torch.nn.functional.rms_norm(found, norm.shape, norm, 1e-6)
+                    if digest(y) != digest(ops.matmul(normal, ops.pack_weight(v), second)):
+                        failures.append(f"{name}: other bits than matmul's")
+                    if transport == TRANSPORTS[0] and digest(found) != digest(sent):
+                        failures.append(f"{name}: other bits than matmul_all_reduce's")
+                    plain = torch.nn.functional.linear(normal, v, second)
+                    problem = complaint(y, plain, recv_matmul_reference(found, v, **options)[0])
+                    if large and y.numel() >= 4096 and problem:
+                        failures.append(f"{name}: {problem}")
+            if comm.rank == 1 and transport == TRANSPORTS[0]:
+                data = ops.pack_weight(v).data
+                with FakeTensorMode(allow_non_fake_inputs=True):
+                    fake = torch.ops.commfuse.recv_matmul(5, channel.handle, data, after)
+                if [f.shape for f in fake] != [(5, after), (5, n)]:
+                    failures.append(f"shape-only: {fake}")
+            dist.barrier()
+    return failures
+
+
 def stream(messages: int, slots: int, delays: bool) -> list[str]:
     """Messages of changing sizes around a ring, with stragglers at both ends."""
     failures = []
@@ -151,6 +210,7 @@ def run(slots: int, cases: list[tuple[str, int]]) -> dict:
     """All that should go well, in one job."""
     return {
         "exact": exact(),
+        "fused": fused(),
         "ring": stream(300, slots, True),
         "delayed": delayed(),
         "links": links(cases) if dist.get_world_size() == 2 else {},

@@ -18,7 +18,9 @@ CASES = ("quick", "all")
 def bench(
     op: Annotated[
         str,
-        typer.Argument(help="An op (all_reduce, matmul_all_reduce, …), send_recv or generate."),
+        typer.Argument(
+            help="An op (all_reduce, matmul_all_reduce, …), send_recv, pipeline or generate."
+        ),
     ],
     device: Annotated[str, typer.Option(help=f"{' or '.join(DEVICES)}.")] = "cpu",
     ranks: Annotated[
@@ -45,12 +47,17 @@ def bench(
         list[str] | None,
         typer.Option(
             help="Emulated link: tp=nvlink4, pcie4, 100gbe, …, or latency_us:GB/s; pp=… for "
-            "send_recv."
+            "send_recv and pipeline."
         ),
     ] = None,
     model: Annotated[
-        str, typer.Option(help="generate: smollm2, a Hugging Face directory, or a GGUF file.")
+        str,
+        typer.Option(help="generate, pipeline: smollm2, a Hugging Face directory, or a GGUF file."),
     ] = "smollm2",
+    compute: Annotated[
+        str,
+        typer.Option(help="pipeline: real, or emulated (every stage waits instead of computing)."),
+    ] = "real",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object a line and nothing else.")
     ] = False,
@@ -85,6 +92,16 @@ def bench(
             run_generate(model, count, names, dtype, iterations or 3, links.get("tp"), as_json)
         return
 
+    if op == "pipeline":
+        from commfuse.bench.pipeline import Options, run_pipeline
+
+        if device == "cuda":
+            raise UsageError("--device cuda: bench pipeline runs on the CPU in this version")
+        if started is not None:
+            raise UsageError("bench pipeline starts its own ranks: run it without a launcher")
+        for count in counts:
+            run_pipeline(Options(count, compute, dtype, links.get("pp"), as_json), model)
+        return
     if op == "send_recv":
         _send_recv(device, counts, started, names, dtype, cases, iterations, links, as_json)
         return

@@ -190,7 +190,6 @@ class Generator:
         cache = self.model.new_cache(len(requests), longest)
         rotary = self.model.rotary(cache.max_length)
         options = _Options(cache, rotary, sampling, log_probabilities)
-        self.pipeline.reset_idle()
         watch = Stopwatch(self.comm, self.pipeline)
         watch.statistics.groups = len(groups)
 
@@ -288,17 +287,20 @@ class Generator:
             [first + offset for _, first, run in runs for offset in range(len(run))]
         )
         placement = Placement(sequences, positions, options.rotary)
-        if self.model.stage.first:
-            inputs = torch.tensor([token for _, _, run in runs for token in run])
-        else:
-            inputs = self.pipeline.receive(next_pass.rows)
-        if not self.model.stage.last:
-            self.pipeline.send(self.model(inputs, options.cache, placement))
+        tokens = torch.tensor([token for _, _, run in runs for token in run])
+        ends = self._ends(next_pass) if next_pass.drafts is None else None
+        logits = self.model(
+            tokens,
+            options.cache,
+            placement,
+            ends,
+            source=self.pipeline.source,
+            target=self.pipeline.target,
+        )
+        if logits is None:
             return
-        if next_pass.drafts is None:
-            results = self._first_tokens(next_pass, options, inputs, placement)
-        else:
-            results = self._verify(next_pass, options, inputs, placement)
+        draw = self._first_tokens if next_pass.drafts is None else self._verify
+        results = draw(next_pass, logits, options)
         if next_pass.results:
             self.pipeline.publish(results)
 
@@ -350,20 +352,18 @@ class Generator:
         ]
         return _Pass(runs, active, drafts)
 
-    def _first_tokens(
-        self,
-        prefill: _Pass,
-        options: _Options,
-        inputs: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
-        placement: Placement,
-    ) -> torch.Tensor:
-        """The results of a pass of prompts: a token of every one that ends in it."""
+    def _ends(self, prefill: _Pass) -> torch.Tensor:
+        """The rows of the prompts' last tokens."""
         finished = {request.index for request in prefill.requests}
         # A sequence has one run in a pass; that of a finished prompt ends with its last token.
         lengths = torch.tensor([len(run) for _, _, run in prefill.runs])
         is_end = torch.tensor([sequence in finished for sequence, _, _ in prefill.runs])
-        ends = lengths.cumsum(0)[is_end] - 1
-        logits = self.model(inputs, options.cache, placement, ends)
+        return lengths.cumsum(0)[is_end] - 1
+
+    def _first_tokens(
+        self, prefill: _Pass, logits: torch.Tensor, options: _Options
+    ) -> torch.Tensor:
+        """The results of a pass of prompts: a token of every one that ends in it."""
         tokens, logs = ops.vocab_parallel_sample(
             logits,
             options.sampling.select([request.index for request in prefill.requests]),
@@ -374,15 +374,8 @@ class Generator:
         )
         return _results(tokens, torch.zeros_like(tokens), logs)
 
-    def _verify(
-        self,
-        step: _Pass,
-        options: _Options,
-        inputs: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
-        placement: Placement,
-    ) -> torch.Tensor:
+    def _verify(self, step: _Pass, logits: torch.Tensor, options: _Options) -> torch.Tensor:
         """The results of a decoding step: of every request, its drafts as far as they hold."""
-        logits = self.model(inputs, options.cache, placement)
         lengths = torch.tensor([len(draft) for draft in step.drafts])
         longest = int(lengths.max())
         padded = torch.tensor(

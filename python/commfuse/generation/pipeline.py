@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,7 +35,6 @@ class Pipeline:
 
     Attributes:
         passes: that may be under way at once.
-        idle_seconds: that this stage has waited for others, since the last :meth:`reset_idle`.
 
     Example:
         >>> with init_mesh(tp=1, pp=2) as mesh:
@@ -49,7 +45,6 @@ class Pipeline:
 
     def __init__(self, model: Llama, comm: Communicator | None = None, rows: int = 512):
         self.stage, self.comm, self.rows = model.stage, comm, rows
-        self.norm_weight, self.eps = model.first_norm, model.config.rms_norm_eps
         stages = 1 if comm is None else comm.world_size
         index = 0 if comm is None else comm.rank
         if (stages, index) != (model.stage.count, model.stage.index):
@@ -58,7 +53,6 @@ class Pipeline:
                 f"communicator's rank {index} of {stages}"
             )
         self.passes = 2 * stages
-        self.idle_seconds = 0.0
         self._mine: deque[torch.Tensor] = deque()  # the last stage's results, until they are due
         self._forward: dict[int, Channel] = {}  # by the stage where they begin
         self._results: dict[int, Channel] = {}
@@ -73,33 +67,19 @@ class Pipeline:
             target = (source + 1) % stages
             self._results[source] = Channel(comm, source, target, slots=self.passes, **sizes)
 
-    @contextmanager
-    def _waiting(self) -> Iterator[None]:
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.idle_seconds += time.perf_counter() - begin
+    @property
+    def source(self) -> Channel | None:
+        """What brings the residual from the stage before."""
+        return self._forward.get(self.stage.index - 1)
 
-    def reset_idle(self) -> float:
-        """Starts :attr:`idle_seconds` anew, and returns what it was."""
-        before, self.idle_seconds = self.idle_seconds, 0.0
-        return before
+    @property
+    def target(self) -> Channel | None:
+        """What takes the residual to the next stage."""
+        return self._forward.get(self.stage.index)
 
-    def receive(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the stage before has sent of a pass: (normalised, residual), [rows, hidden] each."""
-        with self._waiting():
-            return ops.recv(
-                rows,
-                self._forward[self.stage.index - 1],
-                norm_weight=self.norm_weight,
-                eps=self.eps,
-            )
-
-    def send(self, residual: torch.Tensor) -> None:
-        """Sends a pass on to the next stage."""
-        with self._waiting():
-            ops.send(residual, self._forward[self.stage.index])
+    def idle_seconds(self) -> float:
+        """Seconds that this stage has spent on messages: almost all of it waiting for others."""
+        return 0.0 if self.comm is None else self.comm.statistics().communication_seconds
 
     def publish(self, results: torch.Tensor) -> None:
         """The last stage's: int64 [rows, RESULT_COLUMNS] of a pass, for all stages."""
@@ -110,9 +90,8 @@ class Pipeline:
         """The results of the oldest pass that were not collected, int64 [rows, RESULT_COLUMNS]."""
         if self.stage.last:
             return self._mine.popleft()
-        with self._waiting():
-            channel = self._results[(self.stage.index - 1) % self.stage.count]
-            results = ops.recv(rows, channel).view(torch.int64)
+        channel = self._results[(self.stage.index - 1) % self.stage.count]
+        results = ops.recv(rows, channel).view(torch.int64)
         self._pass_on(results)
         return results
 

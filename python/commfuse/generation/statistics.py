@@ -94,6 +94,10 @@ class Stopwatch:
     _begin: float = field(default_factory=time.perf_counter)
     _before: list[Statistics] = field(default_factory=list)
     _idle: list[float] = field(default_factory=list)  # of the prefill and of decoding
+    _waited: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._waited = self.pipeline.idle_seconds()
 
     def _counters(self) -> list[Statistics]:
         comms = [self.comm, self.pipeline.comm]
@@ -102,8 +106,9 @@ class Stopwatch:
     def _lap(self) -> float:
         """Seconds since the last one."""
         begin, self._begin = self._begin, time.perf_counter()
+        waited, self._waited = self._waited, self.pipeline.idle_seconds()
         seconds = self._begin - begin
-        self._idle.append(self.pipeline.reset_idle() / seconds)
+        self._idle.append((self._waited - waited) / seconds)
         return seconds
 
     def first_tokens(self) -> None:

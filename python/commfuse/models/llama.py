@@ -24,6 +24,7 @@ from commfuse.nn import (
     split,
 )
 from commfuse.ops import Placement
+from commfuse.runtime.channel import Channel
 from commfuse.runtime.communicator import Communicator
 
 
@@ -185,32 +186,44 @@ class Llama(nn.Module):
 
     def forward(
         self,
-        inputs: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+        tokens: torch.Tensor,
         cache: KVCache,
         placement: Placement,
         rows: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """The logits of this rank's vocabulary entries; of a stage before the last, the residual.
+        *,
+        source: Channel | None = None,
+        target: Channel | None = None,
+    ) -> torch.Tensor | None:
+        """The logits of this rank's vocabulary entries; None before the last stage.
 
         Args:
-            inputs: of the first stage tokens, int64 [tokens]; of a later one (RMSNorm(residual) ·
-                first_norm, residual), [tokens, hidden] each, of what the stage before returned.
+            tokens: int64 [tokens]; only the first stage looks at them.
             cache: extended by the tokens.
             placement: where they stand.
             rows: int64, the tokens whose logits are wanted; None: all.
+            source: from the stage before; None in the first.
+            target: to the next stage; None in the last.
 
         Returns:
-            float32 [rows, entries of this rank]; before the last stage [tokens, hidden].
+            float32 [rows, entries of this rank].
         """
-        eps = self.config.rms_norm_eps
+        x = residual = None
         if self.stage.first:
-            inputs = self.embedding(inputs, self.first_norm, eps)
-        read_next = self.head.weight if self.stage.last else None
-        x, residual = ops.transformer_blocks(
-            *inputs, self._stack, cache.layers, placement, self.comm, read_next=read_next
+            x, residual = self.embedding(tokens, self.first_norm, self.config.rms_norm_eps)
+        x, _ = ops.transformer_blocks(
+            x,
+            residual,
+            self._stack,
+            cache.layers,
+            placement,
+            self.comm,
+            read_next=self.head.weight if self.stage.last else None,
+            first_norm=None if self.stage.first else self.first_norm,
+            source=source,
+            target=target,
         )
         if not self.stage.last:
-            return residual
+            return None
         if rows is not None:
             x = x[rows]
         return self.head.local(x)

@@ -19,7 +19,9 @@ from commfuse.ops.all_reduce_rms_norm import all_reduce_rms_norm
 from commfuse.ops.attention import attention
 from commfuse.ops.matmul import PackedWeight, matmul, pack_gate_up, pack_weight
 from commfuse.ops.matmul_all_reduce import matmul_all_reduce
+from commfuse.ops.matmul_send import matmul_send
 from commfuse.ops.recv import recv
+from commfuse.ops.recv_matmul import recv_matmul
 from commfuse.ops.reduce_scatter import reduce_scatter
 from commfuse.ops.send import send
 from commfuse.ops.transformer_blocks import BlockWeights, Placement, transformer_blocks
@@ -45,7 +47,7 @@ OP_NAMES = (
 )
 
 # Between two ranks: what they do differs, and no rank gets what all get.
-CHANNEL_OP_NAMES = ("send", "recv")
+CHANNEL_OP_NAMES = ("send", "recv", "matmul_send", "recv_matmul")
 
 
 def op(name: str) -> Op:
@@ -107,10 +109,12 @@ __all__ = [
     "explain",
     "matmul",
     "matmul_all_reduce",
+    "matmul_send",
     "op",
     "pack_gate_up",
     "pack_weight",
     "recv",
+    "recv_matmul",
     "reduce_scatter",
     "send",
     "transformer_blocks",
