@@ -28,13 +28,13 @@ from commfuse.runtime.link import Link
 
 COMPUTE = ("real", "emulated")
 PASSES = (1, 2, 4, 8)
-# A stage's work on a pass, real: GEMMs on a boundary's rows, about as long as those of a few layers
-# on 16 rows; emulated: that long.
-ROWS, HIDDEN, GEMMS = 16, 2048, 4
-EMULATED_SECONDS = 2e-3
-STREAM = 32  # passes that follow each other, to see what a boundary adds to each
-REPEATS = 15
-NEW_TOKENS, REQUESTS = 48, 8
+# A stage's work on a pass, real: two GEMMs on a boundary's rows, the first of which receives and
+# the last of which sends; emulated: about as long.
+ROWS, HIDDEN = 16, 2048
+EMULATED_SECONDS = 1e-3
+STREAM = 8  # passes that follow each other, to see what a boundary adds to each
+REPEATS, ROUNDS = 25, 60
+NEW_TOKENS, REQUESTS, RUNS = 48, 8, 2
 PROMPT = "The harbour was quiet in the morning, and the boats"
 
 
@@ -140,38 +140,51 @@ class _Stages:
         self.source = channels[comm.rank - 1] if comm.rank else None
         self.target = channels[comm.rank] if comm.rank < comm.world_size - 1 else None
         self.x = torch.randn(ROWS, HIDDEN).to(dtype)
-        self.weights = [
+        self.first, self.last = (
             ops.pack_weight(torch.randn(HIDDEN, HIDDEN).mul_(HIDDEN**-0.5).to(dtype))
-            for _ in range(GEMMS if options.compute == "real" else 0)
-        ]
-        self.computed = 0.0  # seconds
+            for _ in range(2)
+        )
 
-    def _compute(self, x: torch.Tensor) -> torch.Tensor:
-        begin = time.perf_counter()
+    def _compute(self) -> None:
+        """A pass without neighbours."""
         if self.options.compute == "emulated":
-            time.sleep(EMULATED_SECONDS - 2e-4)  # cores may be fewer than stages
-            while time.perf_counter() < begin + EMULATED_SECONDS:
+            end = time.perf_counter() + EMULATED_SECONDS
+            time.sleep(EMULATED_SECONDS * 0.8)  # cores may be fewer than stages
+            while time.perf_counter() < end:
                 pass
-        for weight in self.weights:
-            x = ops.matmul(x, weight)
-        self.computed += time.perf_counter() - begin
-        return x
+        else:
+            ops.matmul(ops.matmul(self.x, self.first), self.last)
 
     def _pass(self) -> None:
-        x = self.x if self.source is None else ops.recv(ROWS, self.source)
-        x = self._compute(x)
-        if self.target is not None:
-            ops.send(x, self.target)
+        """A pass as a stage of the pipeline."""
+        if self.options.compute == "emulated":
+            x = self.x if self.source is None else ops.recv(ROWS, self.source)
+            self._compute()
+            if self.target is not None:
+                ops.send(x, self.target)
+            return
+        if self.source is None:
+            x = ops.matmul(self.x, self.first)
+        else:
+            x, _ = ops.recv_matmul(ROWS, self.source, self.first)
+        if self.target is None:
+            ops.matmul(x, self.last)
+        else:
+            ops.matmul_send(x, self.last, self.target)
 
     def _run(self, work: Callable[[], None], count: int) -> tuple[float, list[float]]:
-        """(seconds until the last rank has done it ``count`` times, each rank's computing)."""
+        """(seconds until the last stage has done it ``count`` times, what each stage waited)."""
         self.comm.barrier()
-        self.computed, begin = 0.0, time.monotonic()
+        before, begin = self.comm.statistics().communication_seconds, time.monotonic()
         for _ in range(count):
             work()
-        ends, computed = zip(*gather((time.monotonic(), self.computed), self.comm), strict=True)
-        begins = gather(begin, self.comm)
-        return max(ends) - min(begins), list(computed)
+        waited = self.comm.statistics().communication_seconds - before
+        every = gather((begin, time.monotonic(), waited), self.comm)
+        begins, ends, waits = zip(*every, strict=True)
+        # From its own last pass to the last stage's a stage has nothing to do, either.
+        last = max(ends)
+        idle = [wait + last - end for wait, end in zip(waits, ends, strict=True)]
+        return last - min(begins), idle
 
     def rows(self) -> list[dict]:
         """Of each number of passes, how long stages wait; of a stream, what a boundary adds."""
@@ -181,8 +194,8 @@ class _Stages:
         for passes in PASSES:
             idle = []
             for _ in range(REPEATS):
-                seconds, computed = self._run(self._pass, passes)
-                idle.append([1 - each / seconds for each in computed])
+                seconds, waited = self._run(self._pass, passes)
+                idle.append([each / seconds for each in waited])
             of_stage = np.median(np.array(idle), axis=0)
             formula = bubble(self.comm.world_size, passes)
             rows.append(
@@ -200,14 +213,12 @@ class _Stages:
     def _boundary(self) -> dict:
         """What a boundary adds to a pass while another one is computed."""
         alone, streamed, own = [], [], []
-        for _ in range(REPEATS):
+        for _ in range(ROUNDS):  # they take turns: a drift of the machine hits all alike
             # What is in flight fills and drains outside of what is counted.
-            short, _ = self._run(self._pass, STREAM // 2)
-            long, _ = self._run(self._pass, STREAM + STREAM // 2)
-            streamed.append((long - short) / STREAM)
-            few, _ = self._run(lambda: self._compute(self.x), STREAM // 2)
-            many, _ = self._run(lambda: self._compute(self.x), STREAM + STREAM // 2)
-            alone.append((many - few) / STREAM)
+            for times, work in ((streamed, self._pass), (alone, self._compute)):
+                short, _ = self._run(work, STREAM)
+                long, _ = self._run(work, 2 * STREAM)
+                times.append((long - short) / STREAM)
             own.append(self._transfer())
         added = float(np.median(np.array(streamed) - np.array(alone)))
         transfer = float(np.median(own))
@@ -296,14 +307,14 @@ def _link_text(link: Link) -> str:
 
 
 def _generate(model: str, options: Options, requests: int, stages: list[str]) -> dict:
-    """The best of three runs of ``commfuse generate``."""
+    """The best of a few runs of ``commfuse generate``."""
     prompts = [argument for _ in range(requests) for argument in ("--prompt", PROMPT)]
     command = launch.own_command(
         "generate", "--model", model, "--dtype", options.dtype, "--threads", "1", "--ignore-eos",
         "--max-new-tokens", str(NEW_TOKENS), "--json", *stages, *prompts,
     )  # fmt: skip
     runs = []
-    for _ in range(3):
+    for _ in range(RUNS):
         print(f"generate {' '.join(stages)} of {requests}", file=sys.stderr, flush=True)
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:

@@ -170,6 +170,8 @@ PYBIND11_MODULE(_C, m) {
       .def("reset_statistics", &Communicator::reset_statistics)
       .def("start_trace", &Communicator::start_trace)
       .def("stop_trace", &Communicator::stop_trace)
+      .def("start_spans", &Communicator::start_spans)
+      .def("stop_spans", &Communicator::stop_spans)
       .def("set_publish_delay_us", &Communicator::set_publish_delay_us);
   py::class_<Channel, std::shared_ptr<Channel>>(m, "Channel")
       .def_static(

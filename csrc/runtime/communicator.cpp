@@ -170,6 +170,12 @@ std::vector<TraceEvent> Communicator::stop_trace() {
   return events;
 }
 
+std::vector<Span> Communicator::stop_spans() {
+  std::vector<Span> spans = spans_ ? std::move(*spans_) : std::vector<Span>{};
+  spans_.reset();
+  return spans;
+}
+
 void Communicator::barrier() {
   Descriptor descriptor;
   descriptor.op = Op::barrier;

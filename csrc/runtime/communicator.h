@@ -10,6 +10,7 @@
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "runtime/link_model.h"
@@ -50,6 +51,9 @@ struct TraceEvent {
   int32_t block;
 };
 
+// Nanoseconds of CLOCK_MONOTONIC, from and to.
+using Span = std::pair<int64_t, int64_t>;
+
 class Communicator {
  public:
   // A group of one.
@@ -80,6 +84,9 @@ class Communicator {
   void reset_statistics() { statistics_ = {}; }
   void start_trace() { trace_.emplace(); }
   std::vector<TraceEvent> stop_trace();
+  // Of all communication, collectives and messages, until stop_spans().
+  void start_spans() { spans_.emplace(); }
+  std::vector<Span> stop_spans();
   // Tests only: this rank sleeps before it publishes, to be a straggler where it hurts most.
   void set_publish_delay_us(int microseconds) { publish_delay_us_ = microseconds; }
 
@@ -125,6 +132,7 @@ class Communicator {
   ReadAhead read_ahead_;
   Statistics statistics_;
   std::optional<std::vector<TraceEvent>> trace_;
+  std::optional<std::vector<Span>> spans_;
   FileDescriptor stop_watching_;
   std::thread watcher_;
   std::shared_ptr<gpu::Attachment> gpu_;
@@ -194,15 +202,19 @@ class Call {
   uint64_t word_ = 0;
 };
 
-// Adds the time until its end to the statistics as communication.
+// Adds the time until its end to the statistics, and to the spans, as communication.
 class CommunicationTimer {
  public:
   explicit CommunicationTimer(Communicator& communicator)
-      : statistics_(communicator.statistics_), begin_(now_ns()) {}
-  ~CommunicationTimer() { statistics_.communication_ns += now_ns() - begin_; }
+      : communicator_(communicator), begin_(now_ns()) {}
+  ~CommunicationTimer() {
+    const int64_t end = now_ns();
+    communicator_.statistics_.communication_ns += end - begin_;
+    if (communicator_.spans_) communicator_.spans_->emplace_back(begin_, end);
+  }
 
  private:
-  Statistics& statistics_;
+  Communicator& communicator_;
   int64_t begin_;
 };
 

@@ -1,5 +1,7 @@
 """Stages give the tokens of one process, whatever the cut, and name a stage that is killed."""
 
+import json
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from commfuse.models.checkpoint import open_checkpoint
 from commfuse.models.smollm2 import ensure_smollm2
 from commfuse.models.stages import cut_stages, parse_split
 from commfuse.testing import run_ranks
+from commfuse.testing.hosts import TwoHosts
 
 PIPELINE = str(Path(__file__).parents[1] / "workers" / "pipeline.py")
 LAYERS, NEW_TOKENS, GAP = 5, 12, 1e-4
@@ -149,6 +152,30 @@ def test_a_killed_stage_is_named_by_all_others(model, stages, victim, tmp_path):
         kind, text, seconds = results[rank]
         assert kind == "PeerDied", text
         assert f"rank {victim} is gone" in text
+        assert seconds < 10
+
+
+@pytest.mark.skipif(bool(TwoHosts.obstacle()), reason=f"two hosts: {TwoHosts.obstacle()}")
+@pytest.mark.parametrize("tp", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_a_stage_on_each_of_two_hosts(model, whole, tp, tmp_path):
+    program = str(Path(__file__).parents[1] / "workers" / "two_hosts.py")
+    arguments = [program, str(tmp_path), model[0], str(tp), json.dumps(PROMPTS), str(NEW_TOKENS)]
+    with TwoHosts() as hosts:
+        jobs = hosts.start_torchrun(arguments, tp)
+        deadline = time.monotonic() + 90
+        # torchrun itself waits for minutes for the one on the other host.
+        while len(list(tmp_path.glob("*.json"))) < 2 * tp and time.monotonic() < deadline:
+            time.sleep(0.1)
+    said = [job.stdout.read() for job in jobs]
+    found = {int(path.stem): json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    assert sorted(found) == list(range(2 * tp)), said
+    for rank in found.values():
+        assert rank["tp"] == ("local" if tp == 1 else "shared memory")
+        assert rank["pp"] == "torch.distributed" and "2 hosts" in rank["why"]
+        assert rank["outputs"] == whole["drafts"][0]
+    for rank in range(tp):
+        kind, text, seconds = found[rank]["killed"]
+        assert kind == "PeerDied" and "rank 1 is gone" in text, text
         assert seconds < 10
 
 

@@ -19,7 +19,7 @@ def bench(
     op: Annotated[
         str,
         typer.Argument(
-            help="An op (all_reduce, matmul_all_reduce, …), send_recv, pipeline or generate."
+            help="An op (all_reduce, matmul_all_reduce, …), send_recv, pipeline, wall or generate."
         ),
     ],
     device: Annotated[str, typer.Option(help=f"{' or '.join(DEVICES)}.")] = "cpu",
@@ -47,17 +47,23 @@ def bench(
         list[str] | None,
         typer.Option(
             help="Emulated link: tp=nvlink4, pcie4, 100gbe, …, or latency_us:GB/s; pp=… for "
-            "send_recv and pipeline."
+            "send_recv and pipeline, both for wall."
         ),
     ] = None,
     model: Annotated[
-        str,
-        typer.Option(help="generate, pipeline: smollm2, a Hugging Face directory, or a GGUF file."),
-    ] = "smollm2",
+        str | None,
+        typer.Option(
+            help="generate, pipeline: smollm2, a Hugging Face directory, or a GGUF file; wall: a "
+            "model that plan knows. (default: smollm2; llama-3.1-8b)"
+        ),
+    ] = None,
     compute: Annotated[
-        str,
-        typer.Option(help="pipeline: real, or emulated (every stage waits instead of computing)."),
-    ] = "real",
+        str | None,
+        typer.Option(
+            help="real, or emulated: every rank waits instead of computing. (default: real for "
+            "pipeline, emulated for wall)"
+        ),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object a line and nothing else.")
     ] = False,
@@ -89,7 +95,9 @@ def bench(
         if started is not None:
             raise UsageError("bench generate starts its own ranks: run it without a launcher")
         for count in counts:
-            run_generate(model, count, names, dtype, iterations or 3, links.get("tp"), as_json)
+            run_generate(
+                model or "smollm2", count, names, dtype, iterations or 3, links.get("tp"), as_json
+            )
         return
 
     if op == "pipeline":
@@ -100,7 +108,11 @@ def bench(
         if started is not None:
             raise UsageError("bench pipeline starts its own ranks: run it without a launcher")
         for count in counts:
-            run_pipeline(Options(count, compute, dtype, links.get("pp"), as_json), model)
+            kind = compute or "real"
+            run_pipeline(Options(count, kind, dtype, links.get("pp"), as_json), model or "smollm2")
+        return
+    if op == "wall":
+        _wall(compute, started, model, link or [], as_json)
         return
     if op == "send_recv":
         _send_recv(device, counts, started, names, dtype, cases, iterations, links, as_json)
@@ -131,6 +143,24 @@ def bench(
         for count in counts:
             if status := run_again_as_ranks(count, lab.environment(count) if lab else None):
                 raise typer.Exit(status)
+
+
+def _wall(
+    compute: str | None, started: int | None, model: str | None, link: list[str], as_json: bool
+) -> None:
+    from commfuse.bench.wall import Options, run_wall
+
+    if compute not in (None, "emulated"):
+        raise UsageError(
+            f"--compute {compute}: bench wall emulates eight devices; use --compute emulated"
+        )
+    if started is not None:
+        raise UsageError("bench wall starts its own ranks: run it without a launcher")
+    given = {"tp": "nvlink4", "pp": "100gbe"}
+    for text in link:
+        dimension, equals, name = text.rpartition("=")
+        given[dimension if equals else "tp"] = name
+    run_wall(Options(model or "llama-3.1-8b", given["tp"], given["pp"], as_json))
 
 
 def _send_recv(

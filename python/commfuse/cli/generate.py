@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ class _Options:
     threads: int
     as_json: bool
     floors: bool
+    trace: Path | None
 
 
 def generate(
@@ -109,6 +111,10 @@ def generate(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object and nothing else.")
     ] = False,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="Write a timeline of all ranks there, for ui.perfetto.dev."),
+    ] = None,
     floors: Annotated[
         bool, typer.Option("--floors", help="Measure the floors too: arithmetic, memory, exchange.")
     ] = False,
@@ -130,6 +136,8 @@ def generate(
     if plan is not None:
         tp, pp, speculate = _from_plan(plan, tp, pp, speculate)
     tp, pp = agree_on_mesh(tp, pp)
+    if trace is not None and not trace.absolute().parent.is_dir():
+        raise UsageError(f"--trace {trace}: there is no such folder")
     if floors and pp > 1:
         raise UsageError("--floors: they are those of one stage; use --pp 1")
     options = _Options(
@@ -150,6 +158,7 @@ def generate(
         threads=threads or max(1, cores() // (tp * pp)),
         as_json=as_json,
         floors=floors,
+        trace=trace,
     )
     if started_ranks() is not None or tp * pp == 1:
         _run_rank(options)
@@ -254,6 +263,7 @@ def _generate(options: _Options, mesh) -> None:
     import torch
 
     from commfuse.cli.report import Report
+    from commfuse.cli.trace import Trace
     from commfuse.generation import Generator, Pipeline
     from commfuse.generation.floors import measure_floors
     from commfuse.models.checkpoint import open_checkpoint
@@ -275,7 +285,8 @@ def _generate(options: _Options, mesh) -> None:
     shown = mesh.tp.rank == mesh.pp.rank == 0
     stop_ids = () if options.ignore_eos else model.config.eos_token_ids
     report = Report(mesh, model, stages, tokenizer, prompts, quiet=options.as_json or not shown)
-    with report:
+    trace = None if options.trace is None else Trace(options.trace, mesh)
+    with report, trace or contextlib.nullcontext():
         result = generator.generate(
             prompts,
             options.max_new_tokens,
@@ -284,6 +295,7 @@ def _generate(options: _Options, mesh) -> None:
             sampling=Sampling.of(len(prompts), **options.sampling),
             log_probabilities=options.logprobs,
             on_tokens=report.add,
+            on_span=trace.add if trace else None,
         )
     floors = measure_floors(model) if options.floors else None
     if not shown:

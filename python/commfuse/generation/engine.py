@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -159,6 +160,7 @@ class Generator:
         sampling: Sampling | None = None,
         log_probabilities: bool = False,
         on_tokens: Callable[[int, list[int]], None] | None = None,
+        on_span: Callable[[str, int, int], None] | None = None,
     ) -> Generation:
         """Continues every prompt.
 
@@ -171,6 +173,9 @@ class Generator:
             sampling: how to draw each prompt's tokens; None: take the most probable ones.
             log_probabilities: return those of the output too.
             on_tokens: called with (prompt, new tokens) as they come.
+            on_span: called with (what, begin, end), ``time.monotonic_ns()``, of all that this rank
+                does: ``prefill`` and ``decode`` are its parts of passes, ``tokens`` is the taking
+                of new tokens, which it may have to wait for.
 
         Raises:
             UsageError: an empty prompt, or one that fills the context; options for another number
@@ -193,10 +198,19 @@ class Generator:
         watch = Stopwatch(self.comm, self.pipeline)
         watch.statistics.groups = len(groups)
 
+        def timed(what: str, call: Callable[..., Any], *arguments: Any) -> Any:
+            begin = time.monotonic_ns()
+            found = call(*arguments)
+            if on_span is not None:
+                on_span(what, begin, time.monotonic_ns())
+            return found
+
         def finish(done: _Pass) -> int:
             """Gives the requests of a pass their new tokens; how many."""
             count = 0
-            for request, (tokens, logs) in zip(done.requests, self._collect(done), strict=True):
+            for request, (tokens, logs) in zip(
+                done.requests, timed("tokens", self._collect, done), strict=True
+            ):
                 taken = request.accept(tokens, logs if log_probabilities else [], stop)
                 count += len(taken)
                 if on_tokens is not None:
@@ -207,7 +221,7 @@ class Generator:
         for next_pass in self._prefill_passes(requests):
             if len(under_way) == self.pipeline.passes:
                 finish(under_way.popleft())
-            self._start(next_pass, options)
+            timed("prefill", self._start, next_pass, options)
             under_way.append(next_pass)
             watch.statistics.prefill_passes += 1
         while under_way:
@@ -220,7 +234,7 @@ class Generator:
                 active = [request for request in ready.popleft() if not request.done]
                 if active:
                     under_way.append(self._decode_pass(active))
-                    self._start(under_way[-1], options)
+                    timed("decode", self._start, under_way[-1], options)
                 continue
             done = under_way.popleft()
             watch.step(finish(done), len(done.requests))

@@ -450,6 +450,20 @@ class Communicator:
             (event.time_ns, event.kind.name, event.block) for event in self._native.stop_trace()
         ]
 
+    def start_spans(self) -> None:
+        """Records when this rank is in communication, until :meth:`stop_spans`."""
+        if self._native is None:
+            raise BackendUnavailable(f"transport {self.transport!r} keeps no trace")
+        self._native.start_spans()
+
+    def stop_spans(self) -> list[tuple[int, int]]:
+        """(begin, end) of each stretch of communication, CLOCK_MONOTONIC ns, in order.
+
+        Waiting for peers, copying and adding their data; the computing part of a fused op is not in
+        it.
+        """
+        return self._native.stop_spans()
+
     def close(self) -> None:
         """Leaves the group. Peers that wait for this rank are told; memory is released."""
         if not self._closed:
