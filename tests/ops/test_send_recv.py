@@ -27,6 +27,10 @@ def test_gemms_that_send_and_receive(ranks):
     assert [rank["fused"] for rank in ranks] == [[]] * len(ranks)
 
 
+def test_nothing_is_left_behind(ranks):
+    assert not any(rank["left behind"] for rank in ranks)
+
+
 def test_a_ring_with_stragglers(ranks):
     assert [rank["ring"] for rank in ranks] == [[]] * len(ranks)
 
@@ -95,6 +99,7 @@ OVERRUN = [
         ("float64", ("UsageError",) * 2, ["torch.float64", "torch.bfloat16"]),
         ("transport", ("UsageError",) * 2, ["'pigeons'", "'shared memory'", "'torch.distributed'"]),
         ("memory", ("UsageError",) * 2, ["too little shared memory: a channel needs", "slots"]),
+        ("beyond 64 bits", ("UsageError",) * 2, ["a channel needs", "fewer rows or slots"]),
         ("still works", ("", ""), []),
         ("two threads", (None, "ConcurrentUse"), ["recv float32[1, 8] began while another"]),
         (

@@ -35,7 +35,9 @@ def bench(
         typer.Option(help="Backends and peers, as in cpu,torch. (default: all that can run)"),
     ] = None,
     dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")] = "bfloat16",
-    cases: Annotated[str, typer.Option(help="quick, or all: more sizes.")] = "quick",
+    cases: Annotated[
+        str, typer.Option(help="quick, or all: more sizes; of pipeline, text too.")
+    ] = "quick",
     iterations: Annotated[
         int | None,
         typer.Option(
@@ -109,7 +111,9 @@ def bench(
             raise UsageError("bench pipeline starts its own ranks: run it without a launcher")
         for count in counts:
             kind = compute or "real"
-            run_pipeline(Options(count, kind, dtype, links.get("pp"), as_json), model or "smollm2")
+            run_pipeline(
+                Options(count, kind, dtype, cases, links.get("pp"), as_json), model or "smollm2"
+            )
         return
     if op == "wall":
         _wall(compute, started, model, link or [], as_json)

@@ -196,7 +196,8 @@ class Generator:
         rotary = self.model.rotary(cache.max_length)
         options = _Options(cache, rotary, sampling, log_probabilities)
         watch = Stopwatch(self.comm, self.pipeline)
-        watch.statistics.groups = len(groups)
+        passes = list(self._prefill_passes(requests))
+        watch.statistics.groups, watch.statistics.prefill_passes = len(groups), len(passes)
 
         def timed(what: str, call: Callable[..., Any], *arguments: Any) -> Any:
             begin = time.monotonic_ns()
@@ -218,12 +219,14 @@ class Generator:
             return count
 
         under_way: deque[_Pass] = deque()
-        for next_pass in self._prefill_passes(requests):
+        self.pipeline.expect(passes[0].rows)
+        for next_pass, after in zip(passes, [*passes[1:], None], strict=True):
+            if after is not None:
+                self.pipeline.expect(after.rows)
             if len(under_way) == self.pipeline.passes:
                 finish(under_way.popleft())
             timed("prefill", self._start, next_pass, options)
             under_way.append(next_pass)
-            watch.statistics.prefill_passes += 1
         while under_way:
             finish(under_way.popleft())
         watch.first_tokens()
@@ -338,13 +341,11 @@ class Generator:
         if stages > 1:
             tokens = sum(len(request.tokens) for request in requests)
             most = min(most, max(FEWEST_ROWS, -(-tokens // (PASSES_PER_STAGE * stages))))
-        # By number: requests get their first tokens while later passes are made.
-        lengths = [len(request.tokens) for request in requests]
         runs: list[tuple[int, int, Sequence[int]]] = []
         ends: list[_Request] = []
         filled = 0
-        for request, length in zip(requests, lengths, strict=True):
-            first = 0
+        for request in requests:
+            first, length = 0, len(request.tokens)
             while first < length:
                 count = min(most - filled, length - first)
                 runs.append((request.index, first, request.tokens[first : first + count]))

@@ -77,6 +77,11 @@ class Pipeline:
         """What takes the residual to the next stage."""
         return self._forward.get(self.stage.index)
 
+    def expect(self, rows: int) -> None:
+        """Asks for the residual of a pass before its turn, so that it can arrive meanwhile."""
+        if self.source is not None:
+            self.source.post(rows)
+
     def idle_seconds(self) -> float:
         """Seconds that this stage has spent on messages: almost all of it waiting for others."""
         return 0.0 if self.comm is None else self.comm.statistics().communication_seconds

@@ -21,10 +21,18 @@ from commfuse.errors import (
     PeerTimeout,
     UsageError,
 )
-from commfuse.runtime.communicator import SHARED_MEMORY, TORCH_DISTRIBUTED, Communicator
+from commfuse.runtime.communicator import (
+    MOST_BYTES,
+    SHARED_MEMORY,
+    TORCH_DISTRIBUTED,
+    Communicator,
+)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FEWEST_SLOTS, MOST_SLOTS = 2, 64
+# Of torch.distributed's messages: no other channel of this process, on whatever communicator, has
+# had the same, so that none gets what was sent into another.
+_next_tag = 0
 STAMP_BYTES = 8  # of the time of arrival, over an emulated link
 
 
@@ -92,6 +100,11 @@ class Channel:
             )
         if not FEWEST_SLOTS <= slots <= MOST_SLOTS:
             raise UsageError(f"slots={slots}: use {FEWEST_SLOTS} to {MOST_SLOTS}")
+        if (needed := slots * rows * columns * dtype.itemsize) > MOST_BYTES:
+            raise UsageError(
+                f"too little shared memory: a channel needs {needed} bytes, and no process can map "
+                f"more than {MOST_BYTES}; pass fewer rows or slots"
+            )
         if transport not in ("auto", SHARED_MEMORY, TORCH_DISTRIBUTED):
             raise UsageError(
                 f"unknown transport {transport!r}: use 'auto', {SHARED_MEMORY!r} or "
@@ -108,7 +121,6 @@ class Channel:
         self.backend = "cpu" if self.transport == SHARED_MEMORY else "torch"
         self.no_rows = torch.empty(0, columns, dtype=dtype)
         self._native = None
-        self._tag = len(comm.channels)
         self._posted: deque[tuple[torch.Tensor, dist.Work]] = deque()
         self._sent: deque[tuple[torch.Tensor, dist.Work]] = deque()
         self._failure: CommunicatorError | None = None
@@ -154,14 +166,17 @@ class Channel:
                     address = server.address
                 except RuntimeError as error:
                     problem = str(error)
-        everybody = comm.gather((repr(self), address, problem))
-        for rank, (declared, _, _) in enumerate(everybody):
+        global _next_tag
+        everybody = comm.gather((repr(self), address, problem, _next_tag))
+        self._tag = max(tag for *_, tag in everybody)
+        _next_tag = self._tag + 1
+        for rank, (declared, *_) in enumerate(everybody):
             if declared != everybody[0][0]:
                 raise PeerMismatch(
                     f"rank {rank} has declared {declared} while rank 0 has declared "
                     f"{everybody[0][0]}: all ranks must make the same channels in the same order"
                 )
-        _, address, problem = everybody[self.source]
+        _, address, problem, _ = everybody[self.source]
         if problem is not None:
             raise UsageError(problem)
         ends = (comm._native, server or address, self.source, self.target, shape)
