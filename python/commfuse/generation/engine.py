@@ -340,7 +340,8 @@ class Generator:
         most, stages = PREFILL_ROWS, self.model.stage.count
         if stages > 1:
             tokens = sum(len(request.tokens) for request in requests)
-            most = min(most, max(FEWEST_ROWS, -(-tokens // (PASSES_PER_STAGE * stages))))
+            even = -(-tokens // (PASSES_PER_STAGE * stages))
+            most = min(most, self.pipeline.rows, max(FEWEST_ROWS, even))
         runs: list[tuple[int, int, Sequence[int]]] = []
         ends: list[_Request] = []
         filled = 0

@@ -10,7 +10,7 @@ import torch
 from commfuse import ops
 from commfuse.errors import UsageError
 from commfuse.models.llama import Llama
-from commfuse.runtime.channel import Channel
+from commfuse.runtime.channel import MOST_SLOTS, Channel
 from commfuse.runtime.communicator import Communicator
 
 # Of a row of logits, int64 each: the token, how many drafts of its request were accepted, and the
@@ -52,7 +52,7 @@ class Pipeline:
                 f"the model is stage {model.stage.index} of {model.stage.count}, and the "
                 f"communicator's rank {index} of {stages}"
             )
-        self.passes = 2 * stages
+        self.passes = min(2 * stages, MOST_SLOTS)
         self._mine: deque[torch.Tensor] = deque()  # the last stage's results, until they are due
         self._forward: dict[int, Channel] = {}  # by the stage where they begin
         self._results: dict[int, Channel] = {}
