@@ -472,6 +472,7 @@ class Communicator:
             self.further_checks.clear()
             for channel in self.channels:
                 channel.close()
+            self.channels.clear()  # they refer to this communicator, and would keep its memory
             try:
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)  # kernels of ours may still be at work
