@@ -214,16 +214,23 @@ class _Stages:
 
     def _boundary(self) -> dict:
         """What a boundary adds to a pass while another one is computed."""
-        alone, streamed, own = [], [], []
+        works = {"alone": self._compute, "streamed": self._pass}
+        times = {(name, count): [] for name in works for count in (STREAM, 2 * STREAM)}
+        own = []
         for _ in range(ROUNDS):  # they take turns: a drift of the machine hits all alike
-            # What is in flight fills and drains outside of what is counted.
-            for times, work in ((streamed, self._pass), (alone, self._compute)):
-                short, _ = self._run(work, STREAM)
-                long, _ = self._run(work, 2 * STREAM)
-                times.append((long - short) / STREAM)
+            for (name, count), taken in times.items():
+                taken.append(self._run(works[name], count)[0])
             own.append(self._transfer())
-        # Whoever else is at work only ever adds time, and more than a boundary does.
-        compute, each, transfer = (float(np.percentile(t, 20)) for t in (alone, streamed, own))
+
+        def fast(taken: list[float]) -> float:
+            """Whoever else is at work only ever adds time, and more than a boundary does."""
+            return float(np.percentile(taken, 20))
+
+        # What fills and drains is in the short stream as in the long one.
+        compute, each = (
+            (fast(times[name, 2 * STREAM]) - fast(times[name, STREAM])) / STREAM for name in works
+        )
+        transfer = fast(own)
         return self._row(
             "boundary",
             bytes=self.x.nbytes,

@@ -97,6 +97,7 @@ def test_rows_of_a_pipeline():
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)  # eight ranks, slowed down, on cores that others may use
 def test_the_wall():
     rows = found(commfuse("bench", "wall", "--json"))
     ours = {row["layout"]: row for row in rows if row["backend"] == "commfuse"}
