@@ -1,8 +1,8 @@
-"""Draws rows of GPU benchmarks: ``python -m commfuse.bench.plot ROWS.jsonl… --out DIR``.
+"""Draws rows of results: ``python -m commfuse.bench.plot ROWS.jsonl… --out DIR``.
 
-For each op and number of ranks a PNG: ``latency_OP_wW.png``, time over message size by backend, and
-``exposed_OP_wW.png``, what stays visible of the communication over the number of rows. Needs
-matplotlib (the extra ``plot``).
+For each op on GPUs and number of ranks a PNG: ``latency_OP_wW.png``, time over message size by
+backend, and ``exposed_OP_wW.png``, what stays visible of the communication over the rows. Of
+``commfuse bench wall``, ``wall.png``. Needs matplotlib (the extra ``plot``).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def draw(rows: Sequence[dict], folder: Path) -> list[Path]:
     """Draws all that rows allow.
 
     Args:
-        rows: of ops on GPUs; others are left out.
+        rows: of ops on GPUs, and of the wall; others are left out.
         folder: where the files go; made where it is missing.
 
     Returns:
@@ -64,7 +64,9 @@ def draw(rows: Sequence[dict], folder: Path) -> list[Path]:
     def key(row: dict) -> tuple[str, int, str]:
         return row["op"], row["ranks"], row["setting"]
 
-    measured = sorted((row for row in rows if row["device"] == "cuda"), key=key)
+    if wall := [row for row in rows if row["op"] == "wall"]:
+        found.append(_draw_wall(wall, folder / "wall.png"))
+    measured = sorted((row for row in rows if row.get("device") == "cuda"), key=key)
     for (op, ranks, _), group in groupby(measured, key):
         same = list(group)
         if any(row["streamed_bytes"] for row in same):
@@ -72,7 +74,9 @@ def draw(rows: Sequence[dict], folder: Path) -> list[Path]:
         elif len({row["bytes"] for row in same}) > 1:
             found.append(_draw_latency(same, folder / f"latency_{op}_w{ranks}.png"))
     if not found:
-        raise UsageError("there is nothing to draw: no rows of several sizes, measured on GPUs")
+        raise UsageError(
+            "there is nothing to draw: no rows of several sizes, measured on GPUs, nor of the wall"
+        )
     return found
 
 
@@ -150,6 +154,40 @@ def _draw_exposed(rows: Sequence[dict], path: Path) -> list[Path]:
     fields[0][-1].legend(fontsize="small")
     figure.suptitle(f"{rows[0]['op']} {rows[0]['dtype']}: {place(rows[0])}")
     return [_save(figure, path)]
+
+
+def _draw_wall(rows: Sequence[dict], path: Path) -> Path:
+    """A bar for each layout with our sums, cut into where its time goes."""
+    import matplotlib.pyplot as plt
+
+    parts = {
+        "compute": ("computing (emulated)", "tab:blue"),
+        "all_reduce": ("sums over ranks", "tab:red"),
+        "send_recv": ("messages between stages", "tab:orange"),
+        "idle": ("waiting for other stages", "lightgrey"),
+    }
+    ours = [row for row in rows if row["backend"] == "commfuse"]
+    names = [row["layout"] for row in ours]
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    left = [0.0] * len(ours)
+    for part, (label, colour) in parts.items():
+        widths = [row[f"{part}_ms"] for row in ours]
+        axes.barh(names, widths, left=left, label=label, color=colour)
+        left = [sum(pair) for pair in zip(left, widths, strict=True)]
+    for name, end, row in zip(names, left, ours, strict=True):
+        axes.text(end, name, f" {row['times_one_device']:.2g} x one device", va="center")
+    axes.invert_yaxis()
+    axes.set_xlim(0, max(left) * 1.35)
+    axes.set_xlabel("milliseconds of the emulated devices")
+    first = rows[0]
+    axes.set_title(
+        f"Emulated: {first['layers']} layers of {first['model']}, {first['passes']} passes of "
+        f"{first['tokens']} tokens, {first['hardware']}\n{first['inside']} inside hosts, "
+        f"{first['across']} across; {first['date_utc'][:10]}",
+        fontsize="medium",
+    )
+    axes.legend()
+    return _save(figure, path)
 
 
 def _layer_text(shape: dict) -> str:

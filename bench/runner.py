@@ -76,7 +76,8 @@ def known_backends(op: str, device: str) -> list[str]:
         UsageError: there is no such op; the message lists them.
     """
     if op not in ops.OP_NAMES:
-        raise UsageError(f"unknown op {op!r}: use {', '.join(ops.OP_NAMES)} or generate")
+        known = (*ops.OP_NAMES, "send_recv", "pipeline", "wall")
+        raise UsageError(f"unknown op {op!r}: use {', '.join(known)} or generate")
     other = "cpu" if device == "cuda" else "cuda"
     names = [backend.name for backend in ops.op(op).backends if backend.name != other]
     return names + [peer.name for peer in peers_of(op, device)]

@@ -6,6 +6,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "cpu/kernel_table.h"
+#include "runtime/channel.h"
 #include "runtime/communicator.h"
 #include "runtime/huge_memory.h"
 #include "runtime/segment.h"
@@ -94,7 +95,26 @@ PYBIND11_MODULE(_C, m) {
   m.def("gpu_workspace_bytes", &gpu::workspace_bytes, py::arg("world"), py::arg("slot_bytes"));
 #endif
 
+  py::enum_<DType>(m, "DType")
+      .value("bfloat16", DType::bfloat16)
+      .value("float16", DType::float16)
+      .value("float32", DType::float32);
+  py::class_<ChannelShape>(m, "ChannelShape")
+      .def(py::init<DType, int64_t, int64_t, int>(), py::arg("dtype"), py::arg("rows"),
+           py::arg("columns"), py::arg("slots"))
+      .def_readonly("columns", &ChannelShape::columns)
+      .def_readonly("dtype", &ChannelShape::dtype)
+      .def_property_readonly("memory_bytes", &ChannelShape::memory_bytes);
+  // For the shape of what arrives, where only the handle is known.
+  m.def("channel_shape", [](int64_t handle) { return Channel::from_handle(handle).shape(); });
+
   py::class_<SegmentServer>(m, "SegmentServer")
+      .def_static(
+          "for_channel",
+          [](const ChannelShape& shape) {
+            return SegmentServer(SegmentSize{2, 0, 0, shape.memory_bytes()});
+          },
+          py::arg("shape"))
       .def(py::init([](int world, uint64_t payload_bytes, uint64_t workspace_bytes) {
              return SegmentServer(SegmentSize{world, payload_bytes, workspace_bytes});
            }),
@@ -152,7 +172,33 @@ PYBIND11_MODULE(_C, m) {
       .def("reset_statistics", &Communicator::reset_statistics)
       .def("start_trace", &Communicator::start_trace)
       .def("stop_trace", &Communicator::stop_trace)
+      .def("start_spans", &Communicator::start_spans)
+      .def("stop_spans", &Communicator::stop_spans)
       .def("set_publish_delay_us", &Communicator::set_publish_delay_us);
+  py::class_<Channel, std::shared_ptr<Channel>>(m, "Channel")
+      .def_static(
+          "serve",
+          [](std::shared_ptr<Communicator> communicator, SegmentServer& server, int source,
+             int target, const ChannelShape& shape) {
+            const double timeout_s = communicator->timeout_s();
+            return std::make_shared<Channel>(std::move(communicator),
+                                             Segment::serve(std::move(server), timeout_s), source,
+                                             target, shape);
+          },
+          py::arg("communicator"), py::arg("server"), py::arg("source"), py::arg("target"),
+          py::arg("shape"), unlocked)
+      .def_static(
+          "connect",
+          [](std::shared_ptr<Communicator> communicator, const std::string& address, int source,
+             int target, const ChannelShape& shape) {
+            const double timeout_s = communicator->timeout_s();
+            return std::make_shared<Channel>(std::move(communicator),
+                                             Segment::connect(address, 1, timeout_s), source,
+                                             target, shape);
+          },
+          py::arg("communicator"), py::arg("address"), py::arg("source"), py::arg("target"),
+          py::arg("shape"), unlocked)
+      .def_property_readonly("handle", &Channel::handle);
 #ifdef COMMFUSE_WITH_CUDA
   communicator
       .def(

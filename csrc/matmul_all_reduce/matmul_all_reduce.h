@@ -1,4 +1,4 @@
-// The launcher of matmul_all_reduce with RMSNorm, for those who call it from C++.
+// The launchers of matmul_all_reduce, for those who call them from C++.
 #pragma once
 
 #include <tuple>
@@ -6,6 +6,10 @@
 #include "runtime/tensors.h"
 
 namespace commfuse {
+
+at::Tensor matmul_all_reduce(const at::Tensor& x, const at::Tensor& weights, int64_t n,
+                             int64_t handle, const std::optional<at::Tensor>& bias,
+                             const std::optional<at::Tensor>& residual);
 
 std::tuple<at::Tensor, at::Tensor> matmul_all_reduce_rms_norm(
     const at::Tensor& x, const at::Tensor& weights, int64_t n, int64_t handle,

@@ -141,13 +141,13 @@ at::Tensor summed_product(const at::Tensor& x, const at::Tensor& weights, int64_
   return out;
 }
 
+}  // namespace
+
 at::Tensor matmul_all_reduce(const at::Tensor& x, const at::Tensor& weights, int64_t n,
                              int64_t handle, const std::optional<at::Tensor>& bias,
                              const std::optional<at::Tensor>& residual) {
   return summed_product(x, weights, n, Communicator::from_handle(handle), bias, residual, false);
 }
-
-}  // namespace
 
 std::tuple<at::Tensor, at::Tensor> matmul_all_reduce_rms_norm(
     const at::Tensor& x, const at::Tensor& weights, int64_t n, int64_t handle,

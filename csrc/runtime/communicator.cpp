@@ -17,18 +17,13 @@
 namespace commfuse {
 namespace {
 
-constexpr int kFastPolls = 1000;
+// Handles are never used again, so that a stale one cannot reach a newer communicator.
+std::mutex registry_mutex;
+std::vector<Communicator*> registry;
 
-void pause_briefly() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
+}  // namespace
 
-// An emulated link still carries the message. Ranks may outnumber cores: only the last stretch is
-// spun through.
+// Ranks may outnumber cores: only the last stretch is spun through.
 void hold_until(int64_t deliver_at) {
   constexpr int64_t kSpinNs = 50'000;
   for (int64_t now = now_ns(); now < deliver_at; now = now_ns()) {
@@ -39,12 +34,6 @@ void hold_until(int64_t deliver_at) {
     }
   }
 }
-
-// Handles are never used again, so that a stale one cannot reach a newer communicator.
-std::mutex registry_mutex;
-std::vector<Communicator*> registry;
-
-}  // namespace
 
 int64_t now_ns() {
   timespec t;
@@ -146,57 +135,48 @@ void Communicator::check() const {
   throw CommunicatorError(error.details.failure, error.str());
 }
 
-void Communicator::raise(Failure failure, int peer, int phase, int block, uint64_t generation,
-                         uint64_t seen, const Descriptor& mine) {
-  record({failure, rank_, peer, phase, block, generation, seen, mine,
-          segment_->area(peer).descriptors[generation % 2]});
+void Communicator::raise(const FailureDetails& details) {
+  record(details);
   check();
   std::abort();  // check() throws: the record is written
 }
 
 void Communicator::wait(int peer, int phase, int block, uint64_t expected, const Descriptor& mine) {
-  const Word& word = segment_->area(peer).words[generation_of(expected) % 2][phase][block];
-  bool there = false;
-  for (int i = 0; i < kFastPolls && !there; ++i) {
-    // Acquire: what the peer wrote before its release store of this word is now visible.
-    there = word.value.load(std::memory_order_acquire) == expected;
-    if (!there && !read_ahead_.step()) pause_briefly();
-  }
-  if (!there) wait_slowly(peer, phase, block, expected, mine);
-  if (link_) hold_until(word.deliver_at);
-}
-
-void Communicator::wait_slowly(int peer, int phase, int block, uint64_t expected,
-                               const Descriptor& mine) {
   const uint64_t generation = generation_of(expected);
   const RankArea& area = segment_->area(peer);
   const Word& word = area.words[generation % 2][phase][block];
-  const int64_t deadline = now_ns() + static_cast<int64_t>(timeout_s_ * 1e9);
-  for (;;) {
-    // Read before the word: who closes or runs out of time does so after its last signal.
-    const bool late = now_ns() > deadline;
-    const bool closed = area.closed.load(std::memory_order_acquire) != 0;
-    const uint64_t seen = word.value.load(std::memory_order_acquire);
-    if (seen == expected) return;
-    check();
-    if (generation_of(seen) == generation) {
-      raise(Failure::mismatch, peer, phase, block, generation, seen, mine);
-    }
-    if (closed) raise(Failure::closed, peer, phase, block, generation, seen, mine);
-    if (late) {
-      // The peer's last call may stand in the other half.
-      const uint64_t other =
-          area.words[(generation + 1) % 2][phase][block].value.load(std::memory_order_relaxed);
-      raise(Failure::timeout, peer, phase, block, generation, std::max(seen, other), mine);
-    }
-    sched_yield();
-  }
+  wait_for(
+      peer,
+      // Acquire: what the peer wrote before its release store of this word is now visible.
+      [&] { return word.value.load(std::memory_order_acquire) == expected; },
+      [&] {
+        // Acquire: of a word that differs, the descriptor is read.
+        const uint64_t seen = word.value.load(std::memory_order_acquire);
+        return seen != expected && generation_of(seen) == generation;
+      },
+      [&](Failure failure) {
+        uint64_t seen = word.value.load(std::memory_order_relaxed);
+        if (failure == Failure::timeout) {
+          // The peer's last call may stand in the other half.
+          const Word& other = area.words[(generation + 1) % 2][phase][block];
+          seen = std::max(seen, other.value.load(std::memory_order_relaxed));
+        }
+        raise({failure, rank_, peer, phase, block, generation, seen, mine,
+               area.descriptors[generation % 2]});
+      });
+  if (link_) hold_until(word.deliver_at);
 }
 
 std::vector<TraceEvent> Communicator::stop_trace() {
   std::vector<TraceEvent> events = trace_ ? std::move(*trace_) : std::vector<TraceEvent>{};
   trace_.reset();
   return events;
+}
+
+std::vector<Span> Communicator::stop_spans() {
+  std::vector<Span> spans = spans_ ? std::move(*spans_) : std::vector<Span>{};
+  spans_.reset();
+  return spans;
 }
 
 void Communicator::barrier() {

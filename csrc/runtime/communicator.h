@@ -1,6 +1,8 @@
 // One rank's end of a group of ranks that share memory, and the calls that are made on it.
 #pragma once
 
+#include <sched.h>
+
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -8,6 +10,7 @@
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "runtime/link_model.h"
@@ -35,8 +38,8 @@ struct ConcurrentUseError : std::runtime_error {
 };
 
 struct Statistics {
-  uint64_t calls = 0;             // collective calls (barriers not counted)
-  uint64_t bytes_sent = 0;        // published by this rank, times W - 1 receivers
+  uint64_t calls = 0;       // collective calls (barriers not counted), messages sent or received
+  uint64_t bytes_sent = 0;  // published by this rank, times W - 1 receivers
   uint64_t communication_ns = 0;  // waiting for peers, copying and adding their data
 };
 
@@ -47,6 +50,9 @@ struct TraceEvent {
   Kind kind;
   int32_t block;
 };
+
+// Nanoseconds of CLOCK_MONOTONIC, from and to.
+using Span = std::pair<int64_t, int64_t>;
 
 class Communicator {
  public:
@@ -81,6 +87,9 @@ class Communicator {
   void reset_statistics() { statistics_ = {}; }
   void start_trace() { trace_.emplace(); }
   std::vector<TraceEvent> stop_trace();
+  // Of all communication, collectives and messages, until stop_spans().
+  void start_spans() { spans_.emplace(); }
+  std::vector<Span> stop_spans();
   // Tests only: this rank sleeps before it publishes, to be a straggler where it hurts most.
   void set_publish_delay_us(int microseconds) { publish_delay_us_ = microseconds; }
 
@@ -100,12 +109,15 @@ class Communicator {
 
  private:
   friend class Call;
+  friend class Message;
   friend class CommunicationTimer;
 
   void wait(int peer, int phase, int block, uint64_t expected, const Descriptor& mine);
-  void wait_slowly(int peer, int phase, int block, uint64_t expected, const Descriptor& mine);
-  [[noreturn]] void raise(Failure failure, int peer, int phase, int block, uint64_t generation,
-                          uint64_t seen, const Descriptor& mine);
+  // The waiting of docs/protocol.md, section 8. there(): whether what is awaited has come;
+  // differs(): whether something else stands in its place; fail(why) says so and raises.
+  template <class There, class Differs, class Fail>
+  void wait_for(int peer, There there, Differs differs, Fail fail);
+  [[noreturn]] void raise(const FailureDetails& details);
   void record(const FailureDetails& details) const;
   void watch_peers();
 
@@ -123,10 +135,44 @@ class Communicator {
   ReadAhead read_ahead_;
   Statistics statistics_;
   std::optional<std::vector<TraceEvent>> trace_;
+  std::optional<std::vector<Span>> spans_;
   FileDescriptor stop_watching_;
   std::thread watcher_;
   std::shared_ptr<gpu::Attachment> gpu_;
 };
+
+inline void pause_briefly() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// An emulated link still carries the message until then.
+void hold_until(int64_t deliver_at);
+
+template <class There, class Differs, class Fail>
+void Communicator::wait_for(int peer, There there, Differs differs, Fail fail) {
+  constexpr int kFastPolls = 1000;
+  for (int i = 0; i < kFastPolls; ++i) {
+    if (there()) return;
+    if (!read_ahead_.step()) pause_briefly();
+  }
+  const RankArea& area = segment_->area(peer);
+  const int64_t deadline = now_ns() + static_cast<int64_t>(timeout_s_ * 1e9);
+  for (;;) {
+    // Read before the word: who closes or runs out of time does so after its last signal.
+    const bool late = now_ns() > deadline;
+    const bool closed = area.closed.load(std::memory_order_acquire) != 0;
+    if (there()) return;
+    check();
+    if (differs()) fail(Failure::mismatch);
+    if (closed) fail(Failure::closed);
+    if (late) fail(Failure::timeout);
+    sched_yield();
+  }
+}
 
 // One call on a communicator, from its generation to its last read. Throws at construction if the
 // communicator has failed, is closed, or is in use.
@@ -161,15 +207,19 @@ class Call {
   uint64_t word_ = 0;
 };
 
-// Adds the time until its end to the statistics as communication.
+// Adds the time until its end to the statistics, and to the spans, as communication.
 class CommunicationTimer {
  public:
   explicit CommunicationTimer(Communicator& communicator)
-      : statistics_(communicator.statistics_), begin_(now_ns()) {}
-  ~CommunicationTimer() { statistics_.communication_ns += now_ns() - begin_; }
+      : communicator_(communicator), begin_(now_ns()) {}
+  ~CommunicationTimer() {
+    const int64_t end = now_ns();
+    communicator_.statistics_.communication_ns += end - begin_;
+    if (communicator_.spans_) communicator_.spans_->emplace_back(begin_, end);
+  }
 
  private:
-  Statistics& statistics_;
+  Communicator& communicator_;
   int64_t begin_;
 };
 

@@ -28,6 +28,10 @@ const char* name_of(Op op) {
       return "vocab_parallel_sample";
     case Op::hand_over:
       return "hand_over";
+    case Op::send:
+      return "send";
+    case Op::recv:
+      return "recv";
   }
   return "unknown";
 }
@@ -58,22 +62,57 @@ std::string Descriptor::str() const {
   return text;
 }
 
+namespace {
+
+std::string seconds_text(double seconds) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.3g s", seconds);
+  return text;
+}
+
+// A channel's failure: its generation is the message's number.
+std::string channel_failure(const FailureDetails& details, double seconds) {
+  const auto& [failure, rank, peer, phase, block, message, seen, mine, theirs] = details;
+  const std::string me = "rank " + std::to_string(rank), other = "rank " + std::to_string(peer);
+  const std::string number = std::to_string(message);
+  if (failure == Failure::mismatch) {
+    return other + " called " + theirs.str() + " while " + me + " called " + mine.str() +
+           " (message " + number +
+           "): both ends of a channel must agree on the rows of every message";
+  }
+  if (failure == Failure::closed) {
+    return other + " has closed its communicator while " + me + " was waiting for it in " +
+           mine.str() + ", message " + number;
+  }
+  const std::string waited = me + " waited " + seconds_text(seconds) + " for " + other + " in " +
+                             mine.str() + ", message " + number;
+  if (mine.op == Op::send) {
+    return waited +
+           ": every slot holds a message that was not received, the last one received is " +
+           std::to_string(seen) +
+           ". Is that rank stuck, or did it leave out a recv? The limit is Communicator(timeout=)";
+  }
+  return waited + " (block " + std::to_string(block) + "): expected message " + number + ", seen " +
+         std::to_string(seen) +
+         ". Is that rank stuck, or did it leave out a send? The limit is Communicator(timeout=)";
+}
+
+}  // namespace
+
 std::string ErrorRecord::str() const {
   const auto& [failure, rank, peer, phase, block, generation, seen, mine, theirs] = details;
   const std::string me = "rank " + std::to_string(rank), other = "rank " + std::to_string(peer);
+  if (mine.op == Op::send || mine.op == Op::recv) return channel_failure(details, seconds);
   switch (failure) {
     case Failure::none:
       return "no error";
-    case Failure::timeout: {
-      char waited[32];
-      std::snprintf(waited, sizeof waited, "%.3g", seconds);
-      return me + " waited " + waited + " s for " + other + " in " + mine.str() + ", call " +
-             std::to_string(generation) + " (phase " + std::to_string(phase) + ", block " +
-             std::to_string(block) + "): expected generation " + std::to_string(generation) +
-             ", seen " + std::to_string(generation_of(seen)) +
+    case Failure::timeout:
+      return me + " waited " + seconds_text(seconds) + " for " + other + " in " + mine.str() +
+             ", call " + std::to_string(generation) + " (phase " + std::to_string(phase) +
+             ", block " + std::to_string(block) + "): expected generation " +
+             std::to_string(generation) + ", seen " + std::to_string(generation_of(seen)) +
              ". Is that rank stuck, or did it leave out a call? The limit is "
              "Communicator(timeout=)";
-    }
     case Failure::mismatch:
       return other + " called " + theirs.str() + " while " + me + " called " + mine.str() +
              " (call " + std::to_string(generation) +

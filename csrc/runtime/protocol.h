@@ -28,6 +28,8 @@ enum class Op : uint16_t {
   all_gather,
   vocab_parallel_sample,
   hand_over,
+  send,
+  recv,
 };
 
 const char* name_of(Op op);
@@ -100,6 +102,7 @@ struct SegmentHeader {
   int32_t world;
   uint64_t payload_bytes;    // of one half in phase 0
   uint64_t workspace_bytes;  // of one rank, for kernels outside this file
+  uint64_t channel_bytes;    // of the channel that a segment of two ranks may carry
   alignas(kLine) ErrorRecord error;
 };
 

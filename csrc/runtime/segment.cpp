@@ -148,10 +148,12 @@ std::string mebibytes(uint64_t bytes) {
 
 [[noreturn]] void too_little_memory(const SegmentSize& size, const std::string& why) {
   throw std::runtime_error(
-      "too little shared memory: a communicator of " + std::to_string(size.world) +
-      " ranks needs " + mebibytes(size.bytes()) + " (" + std::to_string(size.bytes()) +
-      " bytes) and " + why +
-      "; free that much, raise the limit, or pass a smaller payload_bytes or workspace_bytes");
+      "too little shared memory: a " +
+      (size.channel_bytes ? std::string("channel")
+                          : "communicator of " + std::to_string(size.world) + " ranks") +
+      " needs " + mebibytes(size.bytes()) + " (" + std::to_string(size.bytes()) + " bytes) and " +
+      why + "; free that much, raise the limit, or pass " +
+      (size.channel_bytes ? "fewer rows or slots" : "a smaller payload_bytes or workspace_bytes"));
 }
 
 }  // namespace
@@ -163,7 +165,8 @@ uint64_t SegmentSize::rank_bytes() const {
 }
 
 uint64_t SegmentSize::bytes() const {
-  return round_to_page(sizeof(SegmentHeader)) + static_cast<uint64_t>(world) * rank_bytes();
+  return round_to_page(sizeof(SegmentHeader)) + static_cast<uint64_t>(world) * rank_bytes() +
+         channel_bytes;
 }
 
 FileDescriptor& FileDescriptor::operator=(FileDescriptor&& other) noexcept {
@@ -192,6 +195,7 @@ SegmentServer::SegmentServer(const SegmentSize& size) : size_(size) {
   }
   size_.payload_bytes = round_to_page(size.payload_bytes);
   size_.workspace_bytes = round_to_page(size.workspace_bytes);
+  size_.channel_bytes = round_to_page(size.channel_bytes);
   if (const uint64_t available = available_memory(); size_.bytes() > available) {
     too_little_memory(size_, "only " + mebibytes(available) + " are available");
   }
@@ -249,6 +253,7 @@ Segment Segment::serve(SegmentServer server, double timeout_s) {
   header.world = server.size_.world;
   header.payload_bytes = server.size_.payload_bytes;
   header.workspace_bytes = server.size_.workspace_bytes;
+  header.channel_bytes = server.size_.channel_bytes;
 
   const Deadline deadline(timeout_s);
   std::vector<bool> seen(static_cast<size_t>(server.size_.world));
@@ -298,7 +303,7 @@ Segment Segment::connect(const std::string& address, int rank, double timeout_s)
   Segment segment;
   segment.map(memory.get(), bytes);
   segment.size_ = {segment.header().world, segment.header().payload_bytes,
-                   segment.header().workspace_bytes};
+                   segment.header().workspace_bytes, segment.header().channel_bytes};
   segment.connections_.push_back(std::move(server));
   segment.peers_.push_back(0);
   return segment;
@@ -321,5 +326,9 @@ std::byte* Segment::payload(int rank, int parity, int phase) const {
 }
 
 std::byte* Segment::workspace(int rank) const { return payload(rank, 2, 0); }
+
+std::byte* Segment::channel() const {
+  return reinterpret_cast<std::byte*>(&area(size_.world - 1)) + size_.rank_bytes();
+}
 
 }  // namespace commfuse

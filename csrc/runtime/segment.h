@@ -16,6 +16,7 @@ struct SegmentSize {
   int world;
   uint64_t payload_bytes;
   uint64_t workspace_bytes;
+  uint64_t channel_bytes = 0;  // of all ranks together, for a channel between two of them
 
   uint64_t rank_bytes() const;  // of one rank: words, descriptors, payload halves, workspace
   uint64_t bytes() const;
@@ -68,6 +69,7 @@ class Segment {
   RankArea& area(int rank) const;
   std::byte* payload(int rank, int parity, int phase) const;
   std::byte* workspace(int rank) const;
+  std::byte* channel() const;
   uint64_t payload_bytes(int phase) const;
   std::byte* base() const { return base_; }
   uint64_t bytes() const { return bytes_; }

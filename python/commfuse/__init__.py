@@ -15,6 +15,7 @@ import importlib
 
 # Public name -> (module, attribute of it), or (module, None) for the module itself.
 _LAZY = {
+    "Channel": ("commfuse.runtime.channel", "Channel"),
     "Communicator": ("commfuse.runtime.communicator", "Communicator"),
     "init_mesh": ("commfuse.runtime.mesh", "init_mesh"),
     "parallelize": ("commfuse.models.parallelize", "parallelize"),

@@ -38,7 +38,7 @@ def test_reports_on_three_ranks():
     assert job["transports"] == [[local if a == b else shared for b in range(3)] for a in range(3)]
     assert job["sums_are_right"]
     assert {name: found["backend"] for name, found in job["backends"].items()} == dict.fromkeys(
-        ops.OP_NAMES, "cpu"
+        (*ops.OP_NAMES, *ops.CHANNEL_OP_NAMES), "cpu"
     )
     assert set(report["determinism"]) >= {"cpu", "torch", "triton"}
 
@@ -77,7 +77,7 @@ def test_no_ranks_are_refused():
 
 
 def test_every_op_is_explained():
-    assert list(explain_all(None)) == list(ops.OP_NAMES)
+    assert list(explain_all(None)) == [*ops.OP_NAMES, *ops.CHANNEL_OP_NAMES]
 
 
 @pytest.mark.parametrize("variant", [name for name in ISA_FEATURES if name != "plain"])

@@ -67,11 +67,13 @@ class Direct:
 @dataclass(frozen=True)
 class Send:
     to: int
+    blocks: int = 0  # of the message, each with a word in its slot; 0: one counter for all messages
 
 
 @dataclass(frozen=True)
 class Receive:
     source: int
+    blocks: int = 0
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ class Protocol:
     descriptor_halves: int = 2
     compare_descriptors: bool = False  # in every call, not only after a mismatch
     channel_slots: int = 2
+    block_words: bool = True  # a word for each block of a slot, or one for all of them
     credit_slack: int | None = 0  # messages sent beyond the credit; None: no credit at all
     zero_lines: bool = True
     fence_after_zeroing: bool = True

@@ -43,6 +43,7 @@ GRIDS = [WIDE, NARROW, WIDE, NARROW]
 ONE_AHEAD = [Sliced(slices, ahead=1) for slices in (3, 1, 4, 2)]
 TWO_SHOT_GRIDS = [TwoShot(grid=2), NARROW, TwoShot(grid=2), WIDE]
 STREAM = [[Send(1)] * 5, [Receive(0)] * 5]
+BLOCKS = [[Send(1, n) for n in (2, 1, 3, 2)], [Receive(0, n) for n in (2, 1, 3, 2)]]
 PIPELINE = [[Send(1)] * 4, [Receive(0), Send(2)] * 4, [Receive(1)] * 4]
 STAGES = [
     [ONE, Send(1), TWO, Send(1), ONE, Send(1)],
@@ -119,6 +120,7 @@ def sound() -> list[Configuration]:
     add("flag-in-data among others", 2, [FLAGGED, FLAGGED, ONE, FLAGGED, TWO, FLAGGED], PUSH)
     add("send x5, 2 slots", 2, STREAM)
     add("send x5, 1 slot", 2, STREAM, Protocol(channel_slots=1))
+    add("send in blocks 2, 1, 3, 2", 2, BLOCKS)
     add("send and receive, both ways", 2, [[Send(1), Receive(1)] * 4, [Send(0), Receive(0)] * 4])
     add("pipeline of three stages x4", 3, PIPELINE)
     add("all-reduce and send mixed", 2, STAGES)
@@ -202,6 +204,8 @@ def controls() -> list[Configuration]:
     channels = [
         ("send without credits", STREAM, {"credit_slack": None}, OVERWRITTEN),
         ("send, credits off by one", STREAM, {"credit_slack": 1}, OVERWRITTEN),
+        ("send in blocks, credits off by one", BLOCKS, {"credit_slack": 1}, OVERWRITTEN),
+        ("send in blocks, one word for all", BLOCKS, {"block_words": False}, STALE),
         ("more sends than slots, both ways", crossed, {}, DEADLOCK),
     ]
     lines = [

@@ -306,14 +306,33 @@ class _Builder:
                 more = {"generation": least, "source": call.to}
                 wait = self.wait(agent, consumed, text, "counter", **more)
                 self.passed(agent, [wait], acquire=True)
+            for block in range(call.blocks):
+                cell, word = self.block(channel, n, block)
+                self.store(agent, cell, _name(cell), value=("message", n))
+                self.store(agent, word, _name(word), release=True, value=("counter", n))
+            if call.blocks:
+                return
             self.store(agent, slot, _name(slot), value=("message", n))
             self.store(agent, produced, _name(produced), release=True, value=("counter", n))
-        else:
+            return
+        for block in range(call.blocks):
+            cell, word = self.block(channel, n, block)
+            text = f"for {n} in {_name(word)}"
+            wait = self.wait(agent, word, text, "number", source=call.source)
+            self.passed(agent, [wait], acquire=True)
+            self.add(agent, LOAD, cell, _name(cell), source=call.source)
+        if not call.blocks:
             text = f"for {_name(produced)} >= {n}"
             wait = self.wait(agent, produced, text, "counter", source=call.source)
             self.passed(agent, [wait], acquire=True)
             self.add(agent, LOAD, slot, _name(slot), source=call.source)
-            self.store(agent, consumed, _name(consumed), release=True, value=("counter", n))
+        self.store(agent, consumed, _name(consumed), release=True, value=("counter", n))
+
+    def block(self, channel: tuple[int, int], n: int, block: int) -> tuple[tuple, tuple]:
+        """Where a block of message n and its word lie."""
+        slot = n % self.protocol.channel_slots
+        word = block if self.protocol.block_words else 0
+        return ("cell", *channel, slot, block), ("mark", *channel, slot, word)
 
     # What each read is to find -----------------------------------------------------------------
 
@@ -331,7 +350,7 @@ class _Builder:
         """The store of the same call by the source, unless the two called different things."""
         mine = self.called.get((operation.rank, operation.call))
         theirs = self.called.get((operation.source, operation.call))
-        channel = operation.location[0] == "slot"
+        channel = operation.location[0] in ("slot", "cell")
         if not channel and mine != theirs:
             return
         for store in self.stores.get(operation.location, ()):
@@ -366,6 +385,11 @@ class _Builder:
                 operation.verdicts[store.byte] = ACCEPT
         self.expect(operation)
 
+    def accept_number(self, system: System, operation: Operation) -> None:
+        for store in self.stores.get(operation.location, ()):
+            if store.generation == operation.generation:
+                operation.verdicts[store.byte] = ACCEPT
+
     def accept_counter(self, system: System, operation: Operation) -> None:
         for store in self.stores.get(operation.location, ()):
             if store.generation >= operation.generation:
@@ -379,6 +403,8 @@ NAMES = {
     "line": "line[half {1}][source {2}][{3}] at rank {0}",
     "tensor": "tensor of rank {0}",
     "slot": "slot {2} of channel {0}->{1}",
+    "cell": "block {3} of slot {2} of channel {0}->{1}",
+    "mark": "word of block {3} of slot {2} of channel {0}->{1}",
     "produced": "produced of channel {0}->{1}",
     "consumed": "consumed of channel {0}->{1}",
 }

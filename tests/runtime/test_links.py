@@ -35,7 +35,7 @@ def test_what_is_no_link(text):
 
 
 def test_what_is_no_dimension():
-    with pytest.raises(UsageError, match="'dp' is no dimension of the mesh; use tp=LINK"):
+    with pytest.raises(UsageError, match="'dp' is no dimension of the mesh; use tp=LINK or pp"):
         parse_links(["dp=nvlink4"])
 
 

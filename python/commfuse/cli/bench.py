@@ -8,7 +8,7 @@ import typer
 
 from commfuse.cli.ranks import gpu_lab, rank_counts, run_again_as_ranks, started_ranks
 from commfuse.errors import UsageError
-from commfuse.runtime.link import parse_links
+from commfuse.runtime.link import Link, parse_links
 
 DEVICES = ("cpu", "cuda")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -17,7 +17,10 @@ CASES = ("quick", "all")
 
 def bench(
     op: Annotated[
-        str, typer.Argument(help="An op (all_reduce, matmul_all_reduce, …) or generate.")
+        str,
+        typer.Argument(
+            help="An op (all_reduce, matmul_all_reduce, …), send_recv, pipeline, wall or generate."
+        ),
     ],
     device: Annotated[str, typer.Option(help=f"{' or '.join(DEVICES)}.")] = "cpu",
     ranks: Annotated[
@@ -32,7 +35,9 @@ def bench(
         typer.Option(help="Backends and peers, as in cpu,torch. (default: all that can run)"),
     ] = None,
     dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")] = "bfloat16",
-    cases: Annotated[str, typer.Option(help="quick, or all: more sizes.")] = "quick",
+    cases: Annotated[
+        str, typer.Option(help="quick, or all: more sizes; of pipeline, text too.")
+    ] = "quick",
     iterations: Annotated[
         int | None,
         typer.Option(
@@ -42,11 +47,25 @@ def bench(
     ] = None,
     link: Annotated[
         list[str] | None,
-        typer.Option(help="Emulated link: tp=nvlink4, pcie4, 100gbe, …, or latency_us:GB/s."),
+        typer.Option(
+            help="Emulated link: tp=nvlink4, pcie4, 100gbe, …, or latency_us:GB/s; pp=… for "
+            "send_recv and pipeline, both for wall."
+        ),
     ] = None,
     model: Annotated[
-        str, typer.Option(help="generate: smollm2, a Hugging Face directory, or a GGUF file.")
-    ] = "smollm2",
+        str | None,
+        typer.Option(
+            help="generate, pipeline: smollm2, a Hugging Face directory, or a GGUF file; wall: a "
+            "model that plan knows. (default: smollm2; llama-3.1-8b)"
+        ),
+    ] = None,
+    compute: Annotated[
+        str | None,
+        typer.Option(
+            help="real, or emulated: every rank waits instead of computing. (default: real for "
+            "pipeline, emulated for wall)"
+        ),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object a line and nothing else.")
     ] = False,
@@ -78,7 +97,29 @@ def bench(
         if started is not None:
             raise UsageError("bench generate starts its own ranks: run it without a launcher")
         for count in counts:
-            run_generate(model, count, names, dtype, iterations or 3, links.get("tp"), as_json)
+            run_generate(
+                model or "smollm2", count, names, dtype, iterations or 3, links.get("tp"), as_json
+            )
+        return
+
+    if op == "pipeline":
+        from commfuse.bench.pipeline import Options, run_pipeline
+
+        if device == "cuda":
+            raise UsageError("--device cuda: bench pipeline runs on the CPU in this version")
+        if started is not None:
+            raise UsageError("bench pipeline starts its own ranks: run it without a launcher")
+        for count in counts:
+            kind = compute or "real"
+            run_pipeline(
+                Options(count, kind, dtype, cases, links.get("pp"), as_json), model or "smollm2"
+            )
+        return
+    if op == "wall":
+        _wall(compute, started, model, link or [], as_json)
+        return
+    if op == "send_recv":
+        _send_recv(device, counts, started, names, dtype, cases, iterations, links, as_json)
         return
 
     from commfuse.bench.runner import Options, check_options, run_rank
@@ -106,6 +147,55 @@ def bench(
         for count in counts:
             if status := run_again_as_ranks(count, lab.environment(count) if lab else None):
                 raise typer.Exit(status)
+
+
+def _wall(
+    compute: str | None, started: int | None, model: str | None, link: list[str], as_json: bool
+) -> None:
+    from commfuse.bench.wall import Options, run_wall
+
+    if compute not in (None, "emulated"):
+        raise UsageError(
+            f"--compute {compute}: bench wall emulates eight devices; use --compute emulated"
+        )
+    if started is not None:
+        raise UsageError("bench wall starts its own ranks: run it without a launcher")
+    given = {"tp": "nvlink4", "pp": "100gbe"}
+    for text in link:
+        dimension, equals, name = text.rpartition("=")
+        given[dimension if equals else "tp"] = name
+    run_wall(Options(model or "llama-3.1-8b", given["tp"], given["pp"], as_json))
+
+
+def _send_recv(
+    device: str,
+    counts: list[int],
+    started: int | None,
+    names: tuple[str, ...] | None,
+    dtype: str,
+    cases: str,
+    iterations: int | None,
+    links: dict[str, Link],
+    as_json: bool,
+) -> None:
+    from commfuse.bench.send_recv import Options, check_options, run_rank
+
+    if device == "cuda":
+        raise UsageError("--device cuda: bench send_recv runs on the CPU in this version")
+    options = Options(
+        backends=names,
+        dtype=dtype,
+        cases=cases,
+        iterations=iterations,
+        link=links.get("pp"),
+        as_json=as_json,
+    )
+    for count in counts:
+        check_options(options, count)
+    if started is not None:
+        run_rank(options)
+    elif status := run_again_as_ranks(2):
+        raise typer.Exit(status)
 
 
 def _split(names: str | None) -> tuple[str, ...] | None:

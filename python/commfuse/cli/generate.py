@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Annotated
 
 import typer
 
-from commfuse.cli.ranks import agree_on_tp, cores, run_again_as_ranks, started_ranks
+from commfuse.cli.ranks import agree_on_mesh, cores, run_again_as_ranks, started_ranks
 from commfuse.errors import UsageError
+from commfuse.models.stages import parse_split
 from commfuse.runtime.link import Link, parse_links
 from commfuse.speculative.ngram import parse_drafter
 
@@ -27,6 +29,8 @@ class _Options:
     chat: bool
     ignore_eos: bool
     tp: int
+    pp: int
+    pp_split: tuple[int, ...] | None
     max_new_tokens: int
     draft_length: int | None
     sampling: dict[str, list]
@@ -37,6 +41,7 @@ class _Options:
     threads: int
     as_json: bool
     floors: bool
+    trace: Path | None
 
 
 def generate(
@@ -50,6 +55,13 @@ def generate(
     ] = False,
     tp: Annotated[
         int | None, typer.Option(help="Ranks that split each layer. [default: 1]")
+    ] = None,
+    pp: Annotated[
+        int | None, typer.Option(help="Stages that split the layers. [default: 1]")
+    ] = None,
+    pp_split: Annotated[
+        str | None,
+        typer.Option(help="Layers of each stage, as in 19,11. [default: by the weights' sizes]"),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="The most tokens to generate.")] = 128,
     temperature: Annotated[
@@ -81,14 +93,17 @@ def generate(
     ] = None,
     link: Annotated[
         list[str] | None,
-        typer.Option(help="Emulated link: tp=nvlink4, pcie4, 100gbe, …, or latency_us:GB/s."),
+        typer.Option(
+            help="Emulated link within stages (tp=…) or between them (pp=…): nvlink4, pcie4, "
+            "100gbe, …, or latency_us:GB/s."
+        ),
     ] = None,
     backend: Annotated[
         str, typer.Option(help="auto: our shared-memory kernels; torch: torch.distributed (gloo).")
     ] = "auto",
     plan: Annotated[
         Path | None,
-        typer.Option(help="A file that `commfuse plan --json` wrote: its TP, its draft tokens."),
+        typer.Option(help="A file that `commfuse plan --json` wrote: its TP, PP, draft tokens."),
     ] = None,
     threads: Annotated[
         int | None, typer.Option(help="Threads of each rank. [default: cores / ranks]")
@@ -96,6 +111,10 @@ def generate(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object and nothing else.")
     ] = False,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="Write a timeline of all ranks there, for ui.perfetto.dev."),
+    ] = None,
     floors: Annotated[
         bool, typer.Option("--floors", help="Measure the floors too: arithmetic, memory, exchange.")
     ] = False,
@@ -115,14 +134,20 @@ def generate(
     if threads is not None and threads < 1:
         raise UsageError(f"--threads {threads}: at least 1")
     if plan is not None:
-        tp, speculate = _from_plan(plan, tp, speculate)
-    ranks = agree_on_tp(tp)
+        tp, pp, speculate = _from_plan(plan, tp, pp, speculate)
+    tp, pp = agree_on_mesh(tp, pp)
+    if trace is not None and not trace.absolute().parent.is_dir():
+        raise UsageError(f"--trace {trace}: there is no such folder")
+    if floors and pp > 1:
+        raise UsageError("--floors: they are those of one stage; use --pp 1")
     options = _Options(
         model=model,
         prompts=prompt,
         chat=chat,
         ignore_eos=ignore_eos,
-        tp=ranks,
+        tp=tp,
+        pp=pp,
+        pp_split=parse_split(pp_split),
         max_new_tokens=max_new_tokens,
         draft_length=parse_drafter(speculate),
         sampling=_sampling(len(prompt), temperature, top_k, top_p, seed),
@@ -130,15 +155,16 @@ def generate(
         dtype=dtype,
         links=parse_links(link or []),
         backend=backend,
-        threads=threads or max(1, cores() // ranks),
+        threads=threads or max(1, cores() // (tp * pp)),
         as_json=as_json,
         floors=floors,
+        trace=trace,
     )
-    if started_ranks() is not None or ranks == 1:
+    if started_ranks() is not None or tp * pp == 1:
         _run_rank(options)
     else:
         _check_model(options)
-        raise typer.Exit(run_again_as_ranks(ranks))
+        raise typer.Exit(run_again_as_ranks(tp * pp))
 
 
 def _sampling(
@@ -173,8 +199,8 @@ def _sampling(
     }
 
 
-def _from_plan(path: Path, tp: int | None, speculate: str) -> tuple[int, str]:
-    """The tensor parallelism and the drafter of a plan; what was given beside it comes first.
+def _from_plan(path: Path, tp: int | None, pp: int | None, speculate: str) -> tuple[int, int, str]:
+    """The ranks, stages and drafter of a plan; what was given beside it comes first.
 
     Raises:
         UsageError: the plan cannot be read, or asks for what cannot run here.
@@ -182,15 +208,15 @@ def _from_plan(path: Path, tp: int | None, speculate: str) -> tuple[int, str]:
     from commfuse.planner.document import read_run_options
 
     run = read_run_options(path)
-    if run["pp"] > 1 or run["replicas"] > 1:
+    if run["replicas"] > 1:
         raise UsageError(
-            f"--plan {path}: it has {run['pp']} stages and {run['replicas']} replicas, and "
-            "generate runs one of each; plan with --pp 1 --replicas 1"
+            f"--plan {path}: it has {run['replicas']} replicas, and generate runs one; plan with "
+            "--replicas 1"
         )
     drafts = run["draft_tokens"]
     if drafts and speculate == "off":
         speculate = f"ngram:{drafts}"
-    return tp or run["tp"], speculate
+    return tp or run["tp"], pp or run["pp"], speculate
 
 
 def _model_path(model: str, as_json: bool) -> Path:
@@ -205,9 +231,11 @@ def _check_model(options: _Options) -> None:
     """Finds, before ranks are started, what they would all fail for."""
     from commfuse.models.checkpoint import open_checkpoint
     from commfuse.models.llama import check_parallelism
+    from commfuse.models.stages import cut_stages
 
     with open_checkpoint(_model_path(options.model, options.as_json)) as checkpoint:
         check_parallelism(checkpoint.config, options.tp)
+        cut_stages(checkpoint.config, options.pp, options.pp_split)
 
 
 def _run_rank(options: _Options) -> None:
@@ -218,25 +246,29 @@ def _run_rank(options: _Options) -> None:
     from commfuse.runtime.mesh import init_mesh
 
     torch.set_num_threads(options.threads)
-    if options.tp > 1:
+    if options.tp * options.pp > 1:
         join_job()
     transport = "torch.distributed" if options.backend == "torch" else "auto"
     try:
-        with init_mesh(tp=options.tp, links=options.links, transport=transport) as mesh:
-            _generate(options, mesh.tp)
+        with init_mesh(
+            tp=options.tp, pp=options.pp, links=options.links, transport=transport
+        ) as mesh:
+            _generate(options, mesh)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def _generate(options: _Options, comm) -> None:
+def _generate(options: _Options, mesh) -> None:
     import torch
 
     from commfuse.cli.report import Report
-    from commfuse.generation import Generator
+    from commfuse.cli.trace import Trace
+    from commfuse.generation import Generator, Pipeline
     from commfuse.generation.floors import measure_floors
     from commfuse.models.checkpoint import open_checkpoint
     from commfuse.models.llama import Llama
+    from commfuse.models.stages import cut_stages
     from commfuse.ops import Sampling
 
     with open_checkpoint(_model_path(options.model, options.as_json)) as checkpoint:
@@ -247,11 +279,14 @@ def _generate(options: _Options, comm) -> None:
         else:
             prompts = [tokenizer.encode(text) for text in options.prompts]
         dtype = getattr(torch, options.dtype) if options.dtype else None
-        model = Llama(checkpoint, comm, dtype)
-    generator = Generator(model)
+        stages = cut_stages(checkpoint.config, options.pp, options.pp_split)
+        model = Llama(checkpoint, mesh.tp, dtype, stages[mesh.pp.rank])
+    generator = Generator(model, Pipeline(model, mesh.pp))
+    shown = mesh.tp.rank == mesh.pp.rank == 0
     stop_ids = () if options.ignore_eos else model.config.eos_token_ids
-    report = Report(comm, model, tokenizer, prompts, quiet=options.as_json or comm.rank > 0)
-    with report:
+    report = Report(mesh, model, stages, tokenizer, prompts, quiet=options.as_json or not shown)
+    trace = None if options.trace is None else Trace(options.trace, mesh)
+    with report, trace or contextlib.nullcontext():
         result = generator.generate(
             prompts,
             options.max_new_tokens,
@@ -260,9 +295,10 @@ def _generate(options: _Options, comm) -> None:
             sampling=Sampling.of(len(prompts), **options.sampling),
             log_probabilities=options.logprobs,
             on_tokens=report.add,
+            on_span=trace.add if trace else None,
         )
     floors = measure_floors(model) if options.floors else None
-    if comm.rank > 0:
+    if not shown:
         return
     if options.as_json:
         typer.echo(json.dumps(report.as_json(result, floors), ensure_ascii=False))

@@ -63,10 +63,8 @@ def explain_all(comm, device: str = "cpu") -> dict[str, dict]:
     from commfuse import ops
 
     found = {}
-    for name in ops.OP_NAMES:
-        packed = (
-            True if name in ("matmul", "matmul_all_reduce", "vocab_parallel_embedding") else None
-        )
+    for name in (*ops.OP_NAMES, *ops.CHANNEL_OP_NAMES):
+        packed = True if "matmul" in name or name == "vocab_parallel_embedding" else None
         explanation = ops.explain(name, comm, device=device, packed=packed)
         found[name] = {"backend": explanation.backend, "reasons": explanation.reasons}
     return found

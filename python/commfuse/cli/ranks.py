@@ -24,18 +24,22 @@ def started_ranks() -> int | None:
     return int(os.environ["WORLD_SIZE"]) if launch.started_by_launcher() else None
 
 
-def agree_on_tp(tp: int | None) -> int:
-    """The tensor parallelism: what was asked for, else the ranks that were started, else 1.
+def agree_on_mesh(tp: int | None, pp: int | None) -> tuple[int, int]:
+    """(tensor, pipeline parallelism): what was asked for; tp else what the started ranks leave.
 
     Raises:
         UsageError: they contradict each other.
     """
     started = started_ranks()
-    if tp is not None and tp < 1:
-        raise UsageError(f"--tp {tp}: at least 1")
-    if tp is not None and started is not None and tp != started:
-        raise UsageError(f"--tp {tp}, but the launcher has started {started} ranks")
-    return tp or started or 1
+    for name, size in (("tp", tp), ("pp", pp)):
+        if size is not None and size < 1:
+            raise UsageError(f"--{name} {size}: at least 1")
+    stages = pp or 1
+    ranks = tp or max(1, (started or 1) // stages)
+    if started is not None and ranks * stages != started:
+        asked = f"--tp {ranks} --pp {stages} needs {ranks * stages} ranks"
+        raise UsageError(f"{asked}, but the launcher has started {started} ranks")
+    return ranks, stages
 
 
 def rank_counts(ranks: str | None, started: int | None) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from rich.console import Console, Group
@@ -13,9 +14,11 @@ from rich.text import Text
 from commfuse import ops
 from commfuse.generation import Generation, GenerationStatistics
 from commfuse.generation.floors import Floors
+from commfuse.generation.statistics import bubble
 from commfuse.models.llama import Llama
+from commfuse.models.stages import Stage
 from commfuse.models.tokenizer import Tokenizer
-from commfuse.runtime.communicator import Communicator
+from commfuse.runtime.mesh import Mesh
 
 USED_OPS = {
     "vocab_parallel_embedding": True,
@@ -24,6 +27,7 @@ USED_OPS = {
     "vocab_parallel_sample": None,
     "verify_chain": None,
 }
+USED_BETWEEN_STAGES = ("send", "recv")
 
 
 class Report:
@@ -33,20 +37,23 @@ class Report:
     comes, and several prompts' texts at the end, one after the other.
 
     Args:
-        comm, model, tokenizer: of this rank.
+        mesh, model, tokenizer: of this rank.
+        stages: of the model.
         prompts: token ids of each.
         quiet: show nothing.
     """
 
     def __init__(
         self,
-        comm: Communicator,
+        mesh: Mesh,
         model: Llama,
+        stages: Sequence[Stage],
         tokenizer: Tokenizer,
         prompts: list[list[int]],
         quiet: bool,
     ):
-        self.comm, self.model, self.tokenizer, self.prompts = comm, model, tokenizer, prompts
+        self.mesh, self.comm, self.model, self.stages = mesh, mesh.tp, model, stages
+        self.tokenizer, self.prompts = tokenizer, prompts
         self.quiet = quiet
         self.console = Console(highlight=False, markup=False)
         self.streams = [tokenizer.stream() for _ in prompts]
@@ -98,9 +105,26 @@ class Report:
 
     def backends(self) -> dict[str, str | None]:
         """The backend of every op that a generation uses."""
+        used = {name: (self.comm, packed) for name, packed in USED_OPS.items()}
+        if len(self.stages) > 1:
+            used |= dict.fromkeys(USED_BETWEEN_STAGES, (self.mesh.pp, None))
         return {
-            name: ops.explain(name, self.comm, dtype=self.model.dtype, packed=packed).backend
-            for name, packed in USED_OPS.items()
+            name: ops.explain(name, comm, dtype=self.model.dtype, packed=packed).backend
+            for name, (comm, packed) in used.items()
+        }
+
+    def pipeline(self, statistics: GenerationStatistics) -> dict:
+        """What the stages did, beside what equal ones would."""
+        count = len(self.stages)
+        return {
+            "layers": [len(stage.layers) for stage in self.stages],
+            "transport": self.mesh.pp.transport,
+            "groups": statistics.groups,
+            "prefill_passes": statistics.prefill_passes,
+            "prefill_idle": statistics.prefill_idle,
+            "prefill_bubble": bubble(count, statistics.prefill_passes),
+            "decode_idle": statistics.decode_idle,
+            "decode_bubble": bubble(count, statistics.groups),
         }
 
     def as_json(
@@ -120,10 +144,13 @@ class Report:
             "all_reduces_per_token": statistics.per_token(statistics.collective_calls),
             "bytes_per_token": statistics.per_token(statistics.bytes_sent),
             "tp": self.comm.world_size,
+            "pp": len(self.stages),
             "transport": self.comm.transport,
             "backends": self.backends(),
-            "emulated": self.comm.emulated,
+            "emulated": self.comm.emulated or self.mesh.pp.emulated,
         }
+        if len(self.stages) > 1:
+            stats["pipeline"] = self.pipeline(statistics)
         if floors is not None:
             stats["floors"] = asdict(floors)
         outputs = [
@@ -145,6 +172,7 @@ class Report:
         emulated = f", emulated {self.comm.link.name}" if self.comm.link else ""
         rows = [
             ("ranks", f"{self.comm.world_size} ({self.comm.transport}{emulated})"),
+            *self._stage_rows(statistics),
             ("tokens/s (decoding)", f"{statistics.tokens_per_second:.1f}"),
             ("time to first token", f"{statistics.ttft_seconds * 1e3:.0f} ms"),
             ("compute per token", f"{statistics.compute_ms_per_token:.2f} ms"),
@@ -157,3 +185,20 @@ class Report:
         for name, value in rows:
             table.add_row(name, value)
         self.console.print(table)
+
+    def _stage_rows(self, statistics: GenerationStatistics) -> list[tuple[str, str]]:
+        if len(self.stages) == 1:
+            return []
+        link = self.mesh.pp.link
+        emulated = f", emulated {link.name}" if link else ""
+        found = self.pipeline(statistics)
+        layers = " + ".join(map(str, found["layers"]))
+        rows = [("stages", f"{layers} layers ({found['transport']}{emulated})")]
+        for phase, what, count in (
+            ("prefill", "passes", found["prefill_passes"]),
+            ("decode", "groups", found["groups"]),
+        ):
+            idle = ", ".join(f"{part:.0%}" for part in found[f"{phase}_idle"])
+            equal = f"{found[f'{phase}_bubble']:.0%}"
+            rows.append((f"{phase}: idle", f"{idle} (equal stages, {count} {what}: {equal})"))
+        return rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+from commfuse.generation.pipeline import Pipeline
 from commfuse.runtime.communicator import Communicator, Statistics
 
 
@@ -18,10 +19,14 @@ class GenerationStatistics:
     Attributes:
         ttft_seconds: from the call to the first token of every request.
         decode_seconds: from there to the last token.
-        steps: decoding steps: forward passes, each over all unfinished requests.
+        steps: decoding steps: forward passes, each over all unfinished requests of a group.
         decode_tokens: tokens that these steps yielded.
         request_steps: requests served, summed over the steps.
-        communication_seconds: time in communication during decoding.
+        groups: of requests, whose steps take turns; one without pipeline stages.
+        prefill_passes: forward passes of the prefill.
+        prefill_idle: part of the prefill that each stage has waited for others, or for its turn.
+        decode_idle: the same of decoding.
+        communication_seconds: time in communication during decoding, between stages too.
         collective_calls: collective calls during decoding.
         bytes_sent: bytes that this rank sent during decoding.
     """
@@ -31,6 +36,10 @@ class GenerationStatistics:
     steps: int = 0
     decode_tokens: int = 0
     request_steps: int = 0
+    groups: int = 1
+    prefill_passes: int = 0
+    prefill_idle: list[float] = field(default_factory=list)
+    decode_idle: list[float] = field(default_factory=list)
     communication_seconds: float = 0.0
     collective_calls: int = 0
     bytes_sent: int = 0
@@ -60,20 +69,52 @@ class GenerationStatistics:
         return self.per_token(self.decode_seconds - self.communication_seconds) * 1e3
 
 
+def bubble(stages: int, passes: int) -> float:
+    """Part of the time that each of equal stages waits while ``passes`` go through all of them.
+
+    Example:
+        >>> bubble(stages=2, passes=1), bubble(stages=2, passes=4)
+        (0.5, 0.2)
+    """
+    return (stages - 1) / (passes + stages - 1)
+
+
 @dataclass
 class Stopwatch:
-    """Fills a :class:`GenerationStatistics` from the clock and a communicator's counters."""
+    """Fills a :class:`GenerationStatistics` from the clock and the counters of communicators.
+
+    Attributes:
+        comm: of this stage.
+        pipeline: between the stages.
+    """
 
     comm: Communicator
+    pipeline: Pipeline
     statistics: GenerationStatistics = field(default_factory=GenerationStatistics)
     _begin: float = field(default_factory=time.perf_counter)
-    _before: Statistics = field(default_factory=Statistics)
+    _before: list[Statistics] = field(default_factory=list)
+    _idle: list[float] = field(default_factory=list)  # of the prefill and of decoding
+    _waited: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._waited = self.pipeline.idle_seconds()
+
+    def _counters(self) -> list[Statistics]:
+        comms = [self.comm, self.pipeline.comm]
+        return [comm.statistics() for comm in comms if comm is not None]
+
+    def _lap(self) -> float:
+        """Seconds since the last one."""
+        begin, self._begin = self._begin, time.perf_counter()
+        waited, self._waited = self._waited, self.pipeline.idle_seconds()
+        seconds = self._begin - begin
+        self._idle.append((self._waited - waited) / seconds)
+        return seconds
 
     def first_tokens(self) -> None:
         """The prefill is over."""
-        now = time.perf_counter()
-        self.statistics.ttft_seconds = now - self._begin
-        self._begin, self._before = now, self.comm.statistics()
+        self.statistics.ttft_seconds = self._lap()
+        self._before = self._counters()
 
     def step(self, tokens: int, requests: int) -> None:
         """A decoding step has yielded ``tokens`` for ``requests`` requests."""
@@ -83,11 +124,15 @@ class Stopwatch:
 
     def stop(self) -> GenerationStatistics:
         """The last token is there."""
-        after, result = self.comm.statistics(), self.statistics
-        result.decode_seconds = time.perf_counter() - self._begin
-        result.communication_seconds = (
-            after.communication_seconds - self._before.communication_seconds
+        result = self.statistics
+        result.decode_seconds = self._lap()
+        pairs = list(zip(self._counters(), self._before, strict=True))
+        result.communication_seconds = sum(
+            after.communication_seconds - before.communication_seconds for after, before in pairs
         )
-        result.collective_calls = after.calls - self._before.calls
-        result.bytes_sent = after.bytes_sent - self._before.bytes_sent
+        result.collective_calls = pairs[0][0].calls - pairs[0][1].calls
+        result.bytes_sent = sum(after.bytes_sent - before.bytes_sent for after, before in pairs)
+        result.prefill_idle, result.decode_idle = map(
+            list, zip(*self.pipeline.gather(self._idle), strict=True)
+        )
         return result

@@ -1,4 +1,4 @@
-"""A Llama-family decoder split by tensor parallelism, read shard by shard from a checkpoint."""
+"""A Llama-family decoder split into stages and shards, read shard by shard from a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from commfuse import ops
 from commfuse.errors import UsageError
 from commfuse.models.checkpoint import Checkpoint, return_freed_memory
 from commfuse.models.config import ModelConfig
+from commfuse.models.stages import Stage, cut_stages
 from commfuse.nn import (
     GatedColumnParallelLinear,
     KVCache,
@@ -23,11 +24,14 @@ from commfuse.nn import (
     split,
 )
 from commfuse.ops import Placement
+from commfuse.runtime.channel import Channel
 from commfuse.runtime.communicator import Communicator
 
 
 def check_parallelism(config: ModelConfig, tp: int) -> None:
     """Refuses, before anything is read, a model or a tensor parallelism that cannot run.
+
+    Pipeline stages: :func:`~commfuse.models.stages.cut_stages`.
 
     Raises:
         UsageError: the message says what would work.
@@ -44,8 +48,9 @@ class Llama(nn.Module):
 
     Args:
         checkpoint: every rank reads its own slices of it, one tensor at a time.
-        comm: the tensor-parallel ranks.
+        comm: the tensor-parallel ranks of this stage.
         dtype: of weights and activations; None: the checkpoint's.
+        stage: of a pipeline, which layers it holds; None: all.
 
     Raises:
         UsageError: the model cannot be split over these ranks.
@@ -57,7 +62,11 @@ class Llama(nn.Module):
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, comm: Communicator, dtype: torch.dtype | None = None
+        self,
+        checkpoint: Checkpoint,
+        comm: Communicator,
+        dtype: torch.dtype | None = None,
+        stage: Stage | None = None,
     ):
         super().__init__()
         self.config = config = checkpoint.config
@@ -68,29 +77,44 @@ class Llama(nn.Module):
         self.features = split(config.intermediate_size, comm.world_size, comm.rank)
         self.vocabulary = shard_vocabulary(config.vocab_size, comm.world_size, comm.rank)
 
+        self.stage = stage or cut_stages(config, 1)[0]
+
         rows = slice(self.vocabulary.begin, self.vocabulary.end)
-        embedding = checkpoint.read("model.embed_tokens.weight", rows=rows, dtype=self.dtype)
-        self.embedding = VocabParallelEmbedding(embedding, self.vocabulary.begin, comm)
-        del embedding
-        self.head = VocabParallelHead(
-            self.embedding
-            if config.tie_word_embeddings
-            else checkpoint.read("lm_head.weight", rows=rows, dtype=self.dtype),
-            config.vocab_size,
-            comm,
-        )
+        tied = config.tie_word_embeddings
+        self.embedding: VocabParallelEmbedding | None = None
+        if self.stage.first or (self.stage.last and tied):
+            embedding = checkpoint.read("model.embed_tokens.weight", rows=rows, dtype=self.dtype)
+            self.embedding = VocabParallelEmbedding(embedding, self.vocabulary.begin, comm)
+            del embedding
+        self.head: VocabParallelHead | None = None
+        if self.stage.last:
+            self.head = VocabParallelHead(
+                self.embedding
+                if tied
+                else checkpoint.read("lm_head.weight", rows=rows, dtype=self.dtype),
+                config.vocab_size,
+                comm,
+            )
+        # One more than layers: the last belongs to what follows them.
         norms = [
-            checkpoint.read(f"model.layers.{layer}.input_layernorm.weight", dtype=self.dtype)
-            for layer in range(config.num_layers)
+            self._norm(checkpoint, layer)
+            for layer in range(self.stage.layers.begin, self.stage.layers.end + 1)
         ]
-        norms.append(checkpoint.read("model.norm.weight", dtype=self.dtype))
         self.first_norm = norms[0]
         self.blocks = nn.ModuleList()
-        for layer in range(config.num_layers):
-            self.blocks.append(self._block(checkpoint, f"model.layers.{layer}.", norms[layer + 1]))
+        for index, next_norm in enumerate(norms[1:]):
+            prefix = f"model.layers.{self.stage.layers.begin + index}."
+            self.blocks.append(self._block(checkpoint, prefix, next_norm))
             return_freed_memory()
 
         self._stack = [block.weights for block in self.blocks]
+
+    def _norm(self, checkpoint: Checkpoint, layer: int) -> torch.Tensor:
+        """The RMSNorm in front of a layer, or of the head."""
+        name = f"model.layers.{layer}.input_layernorm.weight"
+        if layer == self.config.num_layers:
+            name = "model.norm.weight"
+        return checkpoint.read(name, dtype=self.dtype)
 
     def _block(self, checkpoint: Checkpoint, prefix: str, next_norm: torch.Tensor) -> ParallelBlock:
         config, comm = self.config, self.comm
@@ -137,15 +161,16 @@ class Llama(nn.Module):
         return ParallelBlock(attention, mlp, read("post_attention_layernorm.weight"), next_norm)
 
     def weight_bytes_per_step(self) -> int:
-        """Bytes of weights that this rank reads in a decoding step, the head included."""
+        """Bytes of weights that this rank reads in a decoding step, a head included."""
         weights = [m.weight for m in self.blocks.modules() if hasattr(m, "weight")]
-        weights.append(self.head.weight)
+        if self.head is not None:
+            weights.append(self.head.weight)
         return sum(w.data.nbytes for w in weights)
 
     def new_cache(self, sequences: int, max_length: int) -> KVCache:
-        """An empty cache for this rank's heads."""
+        """An empty cache for this rank's heads and layers."""
         return KVCache(
-            self.config.num_layers,
+            len(self.blocks),
             sequences,
             len(self.heads.kv),
             max_length,
@@ -165,23 +190,40 @@ class Llama(nn.Module):
         cache: KVCache,
         placement: Placement,
         rows: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """The logits of this rank's vocabulary entries.
+        *,
+        source: Channel | None = None,
+        target: Channel | None = None,
+    ) -> torch.Tensor | None:
+        """The logits of this rank's vocabulary entries; None before the last stage.
 
         Args:
-            tokens: int64 [tokens].
+            tokens: int64 [tokens]; only the first stage looks at them.
             cache: extended by the tokens.
             placement: where they stand.
             rows: int64, the tokens whose logits are wanted; None: all.
+            source: from the stage before; None in the first.
+            target: to the next stage; None in the last.
 
         Returns:
             float32 [rows, entries of this rank].
         """
-        eps = self.config.rms_norm_eps
-        x, residual = self.embedding(tokens, self.first_norm, eps)
+        x = residual = None
+        if self.stage.first:
+            x, residual = self.embedding(tokens, self.first_norm, self.config.rms_norm_eps)
         x, _ = ops.transformer_blocks(
-            x, residual, self._stack, cache.layers, placement, self.comm, read_next=self.head.weight
+            x,
+            residual,
+            self._stack,
+            cache.layers,
+            placement,
+            self.comm,
+            read_next=self.head.weight if self.stage.last else None,
+            first_norm=None if self.stage.first else self.first_norm,
+            source=source,
+            target=target,
         )
+        if not self.stage.last:
+            return None
         if rows is not None:
             x = x[rows]
         return self.head.local(x)

@@ -19,7 +19,11 @@ from commfuse.ops.all_reduce_rms_norm import all_reduce_rms_norm
 from commfuse.ops.attention import attention
 from commfuse.ops.matmul import PackedWeight, matmul, pack_gate_up, pack_weight
 from commfuse.ops.matmul_all_reduce import matmul_all_reduce
+from commfuse.ops.matmul_send import matmul_send
+from commfuse.ops.recv import recv
+from commfuse.ops.recv_matmul import recv_matmul
 from commfuse.ops.reduce_scatter import reduce_scatter
+from commfuse.ops.send import send
 from commfuse.ops.transformer_blocks import BlockWeights, Placement, transformer_blocks
 from commfuse.ops.verify_chain import Verified, verify_chain
 from commfuse.ops.vocab_parallel_argmax import vocab_parallel_argmax
@@ -42,6 +46,9 @@ OP_NAMES = (
     "verify_chain",
 )
 
+# Between two ranks: what they do differs, and no rank gets what all get.
+CHANNEL_OP_NAMES = ("send", "recv", "matmul_send", "recv_matmul")
+
 
 def op(name: str) -> Op:
     """The backend table of an op.
@@ -49,8 +56,9 @@ def op(name: str) -> Op:
     Raises:
         UsageError: there is no such op; the message lists them.
     """
-    if name not in OP_NAMES:
-        raise UsageError(f"unknown op {name!r}: use one of {', '.join(OP_NAMES)}")
+    known = (*OP_NAMES, *CHANNEL_OP_NAMES)
+    if name not in known:
+        raise UsageError(f"unknown op {name!r}: use one of {', '.join(known)}")
     return importlib.import_module(f"commfuse.ops.{name}").OP
 
 
@@ -86,6 +94,7 @@ def explain(
 
 
 __all__ = [
+    "CHANNEL_OP_NAMES",
     "OP_NAMES",
     "BlockWeights",
     "PackedWeight",
@@ -100,10 +109,14 @@ __all__ = [
     "explain",
     "matmul",
     "matmul_all_reduce",
+    "matmul_send",
     "op",
     "pack_gate_up",
     "pack_weight",
+    "recv",
+    "recv_matmul",
     "reduce_scatter",
+    "send",
     "transformer_blocks",
     "verify_chain",
     "vocab_parallel_argmax",

@@ -12,6 +12,10 @@ from commfuse.ops._registry import Backend, Op, cpu_obstacle, define, torch_obst
 from commfuse.ops.attention import attention
 from commfuse.ops.matmul import PackedWeight, Weight, matmul
 from commfuse.ops.matmul_all_reduce import matmul_all_reduce
+from commfuse.ops.recv import recv
+from commfuse.ops.recv_matmul import recv_matmul
+from commfuse.ops.send import send
+from commfuse.runtime.channel import Channel
 from commfuse.runtime.communicator import Communicator
 
 
@@ -62,24 +66,38 @@ class BlockWeights:
     k_norm: torch.Tensor | None = None
 
 
-def _fake(x, residual, *_):
-    return torch.empty_like(x), torch.empty_like(residual)
+def _fake(
+    x, residual, k_caches, v_caches, cos, sin, sequences, positions, qkv, qkv_bias, output,
+    output_bias, middle_norm, gate_up, gate_up_bias, down, down_bias, next_norm, q_norm, k_norm,
+    read_next, heads, head_offset, group, features, eps, communicator, first_norm=None, source=None,
+    target=None,
+):  # fmt: skip
+    rows = len(sequences) if target is None else 0
+    like = middle_norm[0].new_empty(rows, len(middle_norm[0]))
+    return like, torch.empty_like(like)
 
 
 _transformer_blocks = define(
-    "transformer_blocks(Tensor x, Tensor residual, Tensor(a!)[] k_caches, Tensor(b!)[] v_caches,"
+    "transformer_blocks(Tensor? x, Tensor? residual, Tensor(a!)[] k_caches, Tensor(b!)[] v_caches,"
     " Tensor cos, Tensor sin, Tensor sequences, Tensor positions, Tensor[] qkv,"
     " Tensor?[] qkv_bias, Tensor[] output, Tensor?[] output_bias, Tensor[] middle_norm,"
     " Tensor[] gate_up, Tensor?[] gate_up_bias, Tensor[] down, Tensor?[] down_bias,"
     " Tensor[] next_norm, Tensor?[] q_norm, Tensor?[] k_norm, Tensor? read_next, int heads,"
-    " int head_offset, int group, int features, float eps, int communicator) -> (Tensor, Tensor)",
+    " int head_offset, int group, int features, float eps, int communicator,"
+    " Tensor? first_norm=None, int? source=None, int? target=None) -> (Tensor, Tensor)",
     _fake,
 )
 
 
-def _cpu(x, residual, blocks, caches, placement, comm, read_next):
-    first = blocks[0]
-    return _transformer_blocks(
+def _cpu(x, residual, blocks, caches, placement, comm, read_next, first_norm, source, target):
+    first, sending = blocks[0], None
+    if source is not None and source.backend == "torch":
+        rows = len(placement.sequences)
+        x, residual = recv(rows, source, norm_weight=first_norm, eps=first.eps)
+        first_norm = source = None
+    if target is not None and target.backend == "torch":
+        sending, target = target, None
+    x, residual = _transformer_blocks(
         x, residual, [k for k, _ in caches], [v for _, v in caches],
         *placement.rotary, placement.sequences, placement.positions,
         [w.qkv.data for w in blocks], [w.qkv_bias for w in blocks],
@@ -89,15 +107,27 @@ def _cpu(x, residual, blocks, caches, placement, comm, read_next):
         [w.down.data for w in blocks], [w.down_bias for w in blocks],
         [w.next_norm for w in blocks], [w.q_norm for w in blocks], [w.k_norm for w in blocks],
         None if read_next is None else read_next.data,
-        *first.heads, first.gate_up.out_features, first.eps, comm.handle,
+        *first.heads, first.gate_up.out_features, first.eps, comm.handle, first_norm,
+        None if source is None else source.handle, None if target is None else target.handle,
     )  # fmt: skip
+    if sending is not None:
+        send(residual, sending)
+        return x[:0], residual[:0]
+    return x, residual
 
 
-def _torch(x, residual, blocks, caches, placement, comm, read_next):
-    for w, cache in zip(blocks, caches, strict=True):
+def _torch(x, residual, blocks, caches, placement, comm, read_next, first_norm, source, target):
+    for number, (w, cache) in enumerate(zip(blocks, caches, strict=True)):
+        if number == 0 and source is not None:
+            qkv, residual = recv_matmul(
+                len(placement.sequences), source, w.qkv, bias=w.qkv_bias, norm_weight=first_norm,
+                eps=w.eps,
+            )  # fmt: skip
+        else:
+            qkv = matmul(x, w.qkv, w.qkv_bias)
         heads = attention(
-            matmul(x, w.qkv, w.qkv_bias), cache, placement.rotary, placement.sequences,
-            placement.positions, w.heads, (w.q_norm, w.k_norm), w.eps,
+            qkv, cache, placement.rotary, placement.sequences, placement.positions, w.heads,
+            (w.q_norm, w.k_norm), w.eps,
         )  # fmt: skip
         x, residual = matmul_all_reduce(
             heads, w.output, comm, bias=w.output_bias, residual=residual,
@@ -107,6 +137,9 @@ def _torch(x, residual, blocks, caches, placement, comm, read_next):
             matmul(x, w.gate_up, w.gate_up_bias), w.down, comm, bias=w.down_bias,
             residual=residual, norm_weight=w.next_norm, eps=w.eps, backend="torch",
         )  # fmt: skip
+    if target is not None:
+        send(residual, target)
+        return residual[:0], residual[:0]
     return x, residual
 
 
@@ -117,14 +150,17 @@ OP = Op(
 
 
 def transformer_blocks(
-    x: torch.Tensor,
-    residual: torch.Tensor,
+    x: torch.Tensor | None,
+    residual: torch.Tensor | None,
     blocks: Sequence[BlockWeights],
     caches: Sequence[tuple[torch.Tensor, torch.Tensor]],
     placement: Placement,
     comm: Communicator,
     *,
     read_next: PackedWeight | None = None,
+    first_norm: torch.Tensor | None = None,
+    source: Channel | None = None,
+    target: Channel | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention and gated MLP of consecutive layers, with their all-reduces and RMSNorms.
@@ -133,9 +169,12 @@ def transformer_blocks(
     :func:`matmul_all_reduce` for each block in turn, bit for bit, without returning to Python in
     between: at one token that would take as long as reading the weights of the smaller layers.
 
+    Between pipeline stages it begins with :func:`recv_matmul` and ends with :func:`matmul_send`, or
+    on several ranks with :func:`send`; only the residual travels.
+
     Args:
-        x: [tokens, hidden], normalised.
-        residual: [tokens, hidden], equal on all ranks.
+        x: [tokens, hidden], normalised; None with ``source``.
+        residual: [tokens, hidden], equal on all ranks; None with ``source``.
         blocks: what this rank holds of each, at least one; all with the same heads, features and
             eps.
         caches: K and V of each block; written.
@@ -143,18 +182,25 @@ def transformer_blocks(
         comm: every rank must call.
         read_next: a weight that is needed behind the blocks; while a rank waits for the others, it
             fetches the beginning of what comes next into its cache. Changes no result.
+        first_norm: [hidden], RMSNorm in front of the first block, with ``source``.
+        source: a channel that brings the residual from the stage before.
+        target: a channel that takes the residual to the next stage.
         backend: ``"auto"``, ``"cpu"`` or ``"torch"`` (the five ops, with torch.distributed).
 
     Returns:
-        (RMSNorm(residual') · next_norm of the last block, residual'), [tokens, hidden] each.
+        (RMSNorm(residual') · next_norm of the last block, residual'), [tokens, hidden] each; with
+        ``target``, [0, hidden] each.
 
     Raises:
-        UsageError: no blocks, a number of caches that is not theirs, or blocks of unequal sizes.
+        UsageError: neither x and residual nor source and first_norm, or both; no blocks, a number
+            of caches that is not theirs, or blocks of unequal sizes.
         CommunicatorError, BackendUnavailable: as :func:`~commfuse.ops.all_reduce`.
 
     Example:
         >>> x, residual = transformer_blocks(x, residual, [weights], [(k, v)], placement, comm)
     """
+    if (x is None or residual is None) != (source is not None and first_norm is not None):
+        raise UsageError("transformer_blocks: give x and residual, or source and first_norm")
     if len(caches) != len(blocks) or not blocks:
         raise UsageError(f"transformer_blocks: {len(blocks)} blocks and {len(caches)} caches")
     first = blocks[0]
@@ -166,5 +212,6 @@ def transformer_blocks(
                 f"{number} differ: {sizes} and {(w.heads, w.gate_up.out_features, w.eps)}; call "
                 "it once for each run of equal blocks"
             )
-    run = OP.select(backend, comm, x, isinstance(first.qkv, PackedWeight))
-    return run(x, residual, blocks, caches, placement, comm, read_next)
+    like = source.no_rows if x is None else x
+    run = OP.select(backend, comm, like, isinstance(first.qkv, PackedWeight))
+    return run(x, residual, blocks, caches, placement, comm, read_next, first_norm, source, target)

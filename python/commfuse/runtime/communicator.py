@@ -37,7 +37,7 @@ class Statistics:
     """What a communicator has done since it was made or reset.
 
     Attributes:
-        calls: collective calls.
+        calls: collective calls, and messages sent or received.
         bytes_sent: bytes that this rank has sent, once for each receiver.
         communication_seconds: time of this rank in communication: waiting for peers, copying and
             adding their data. The computing part of a fused op is not counted.
@@ -144,6 +144,8 @@ class Communicator:
         self.link = link
         self.backends: dict[Any, Any] = {}  # filled by commfuse.ops: what serves which call
         self.further_checks: list[Callable[[], None]] = []  # of check(), by commfuse.ops
+        self.channels: list[Any] = []  # between its ranks; they close with it
+        self.port_free_ns = 0  # of an emulated link, for messages by torch.distributed
         self._torch_traffic = Statistics()
         self._native = None
         self._messages: symmetric.SymmetricBuffer | None = None
@@ -169,7 +171,10 @@ class Communicator:
                 self._share_gpu_memory(payload_bytes, workspace_bytes)
         self._closed = False
 
-    def _gather(self, value: Any) -> list[Any]:
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order, by torch.distributed; anything that can be pickled."""
+        if self.world_size == 1:
+            return [value]
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.group)
         return values
@@ -178,7 +183,7 @@ class Communicator:
         on_gpu = self.device.type == "cuda"
         missing = _extension.why_no_cuda() if on_gpu else _extension.reason
         place = symmetric.device_identity(self.device) if on_gpu else ("", "")
-        hosts, reasons, places = zip(*self._gather((_host_identity(), missing, place)), strict=True)
+        hosts, reasons, places = zip(*self.gather((_host_identity(), missing, place)), strict=True)
         if asked == TORCH_DISTRIBUTED:
             return TORCH_DISTRIBUTED
         problem = next((reason for reason in reasons if reason is not None), None)
@@ -190,7 +195,7 @@ class Communicator:
         elif on_gpu and problem is None:
             if conflict := symmetric.placement_problem(list(places)):
                 raise UsageError(conflict)
-            unreachable = self._gather(symmetric.unreachable(self.device, [g for g, _ in places]))
+            unreachable = self.gather(symmetric.unreachable(self.device, [g for g, _ in places]))
             problem = next((reason for reason in unreachable if reason is not None), None)
         if problem is None:
             return own
@@ -208,7 +213,7 @@ class Communicator:
         mine = (properties.multi_processor_count, None)
         if self.rank == 0:
             mine = (mine[0], tuning.load(properties.name, self.world_size))
-        everybody = self._gather(mine) if self.world_size > 1 else [mine]
+        everybody = self.gather(mine)
         self._native.attach_gpu(
             self.device.index,
             self._messages.addresses,
@@ -439,6 +444,12 @@ class Communicator:
         self._torch_traffic.bytes_sent += transferred
         self._torch_traffic.communication_seconds += end - begin
 
+    def count_message(self, bytes_sent: int, seconds: float) -> None:
+        """Counts a message of a channel that torch.distributed has carried."""
+        self._torch_traffic.calls += 1
+        self._torch_traffic.bytes_sent += bytes_sent
+        self._torch_traffic.communication_seconds += seconds
+
     def statistics(self) -> Statistics:
         """Counters since construction or the last :meth:`reset_statistics`."""
         total = Statistics(**vars(self._torch_traffic))
@@ -471,12 +482,29 @@ class Communicator:
             (event.time_ns, event.kind.name, event.block) for event in self._native.stop_trace()
         ]
 
+    def start_spans(self) -> None:
+        """Records when this rank is in communication, until :meth:`stop_spans`."""
+        if self._native is None:
+            raise BackendUnavailable(f"transport {self.transport!r} keeps no trace")
+        self._native.start_spans()
+
+    def stop_spans(self) -> list[tuple[int, int]]:
+        """(begin, end) of each stretch of communication, CLOCK_MONOTONIC ns, in order.
+
+        Waiting for peers, copying and adding their data; the computing part of a fused op is not in
+        it.
+        """
+        return self._native.stop_spans()
+
     def close(self) -> None:
         """Leaves the group. Peers that wait for this rank are told; memory is released."""
         if not self._closed:
             self._closed = True
             self.backends.clear()
             self.further_checks.clear()
+            for channel in self.channels:
+                channel.close()
+            self.channels.clear()  # they refer to this communicator, and would keep its memory
             try:
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)  # kernels of ours may still be at work

@@ -89,9 +89,9 @@ def parse_links(texts: list[str]) -> dict[str, Link]:
     for text in texts:
         dimension, equals, value = text.rpartition("=")
         dimension = dimension if equals else "tp"
-        if dimension != "tp":
+        if dimension not in ("tp", "pp"):
             raise UsageError(
-                f"--link {text}: {dimension!r} is no dimension of the mesh; use tp=LINK"
+                f"--link {text}: {dimension!r} is no dimension of the mesh; use tp=LINK or pp=LINK"
             )
         links[dimension] = parse_link(value)
     return links

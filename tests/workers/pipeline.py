@@ -1,0 +1,132 @@
+"""On every rank: a model in stages, generating in batches, with drafts, sampled, and failing."""
+
+import os
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+
+from commfuse.errors import CommfuseError
+from commfuse.generation import Generator, Pipeline, engine
+from commfuse.models.checkpoint import open_checkpoint
+from commfuse.models.llama import Llama
+from commfuse.models.stages import cut_stages
+from commfuse.ops import Sampling
+from commfuse.runtime.mesh import Mesh, init_mesh
+
+
+def _load(path: str, mesh: Mesh, split: list[int] | None = None) -> tuple[Llama, list[str]]:
+    """This rank's part of the model, and the names of the tensors that it has read."""
+    names = []
+    with open_checkpoint(Path(path)) as checkpoint:
+        read = checkpoint.read
+
+        def recording(name: str, **options):
+            names.append(name)
+            return read(name, **options)
+
+        checkpoint.read = recording
+        stage = cut_stages(checkpoint.config, mesh.pp.world_size, split)[mesh.pp.rank]
+        return Llama(checkpoint, mesh.tp, stage=stage), names
+
+
+def whole(path: str, prompts: list[list[int]], new_tokens: int) -> dict:
+    """By one process: what every cut must give, log-probabilities included."""
+    with init_mesh() as mesh:
+        model, _ = _load(path, mesh)
+        return _generations(Generator(model), prompts, new_tokens)
+
+
+def _generations(generator: Generator, prompts: list[list[int]], new_tokens: int) -> dict:
+    sampling = Sampling.of(len(prompts), temperature=0.8, top_k=40, seed=list(range(len(prompts))))
+    results = {}
+    for name, options in {
+        "greedy": {},
+        "drafts": {"draft_length": 3},
+        "sampled": {"sampling": sampling},
+        "sampled drafts": {"sampling": sampling, "draft_length": 2},
+        "stop": {"stop_ids": list(range(0, 300, 9)), "draft_length": 3},
+    }.items():
+        found = generator.generate(prompts, new_tokens, log_probabilities=True, **options)
+        results[name] = found.outputs, found.log_probabilities
+    results["alone"] = [generator.generate([prompt], new_tokens)[0][0] for prompt in prompts[:2]]
+    return results
+
+
+def run(
+    path: str, tp: int, pp: int, split: list[int] | None, prompts: list[list[int]], new_tokens: int
+) -> dict:
+    """Generations of a model on tp x pp ranks; what was read; statistics."""
+    with init_mesh(tp=tp, pp=pp) as mesh:
+        model, names = _load(path, mesh, split)
+        generator = Generator(model, Pipeline(model, mesh.pp))
+        results = _generations(generator, prompts, new_tokens)
+        pieces: list[list[int]] = [[] for _ in prompts]
+        found = generator.generate(
+            prompts, new_tokens, on_tokens=lambda index, tokens: pieces[index].extend(tokens)
+        )
+        # Small messages: several passes of a prompt, more groups than stages.
+        engine.FEWEST_ROWS = 3
+        small = Generator(model, Pipeline(model, mesh.pp, rows=8))
+        few, engine.PREFILL_ROWS = engine.PREFILL_ROWS, 8
+        results["small messages"] = small.generate(prompts, new_tokens, draft_length=3)[0]
+        passes = small.generate(prompts, new_tokens, draft_length=3).statistics
+        engine.PREFILL_ROWS = few
+        try:
+            small.generate(prompts, new_tokens, draft_length=8)
+            refused = ""
+        except CommfuseError as error:
+            refused = str(error)
+        return {
+            "results": results,
+            "streamed": pieces == found.outputs,
+            "statistics": vars(found.statistics),
+            "small": vars(passes),
+            "refused": refused,
+            "layers": sorted({int(n.split(".")[2]) for n in names if ".layers." in n}),
+            "names": names,
+            "cache": len(model.new_cache(1, 16).layers),
+        }
+
+
+def over_torch(path: str, prompts: list[list[int]], new_tokens: int) -> dict:
+    """Two stages whose messages go by torch.distributed; one that is asked for wrongly."""
+    with init_mesh(pp=2, transport="torch.distributed") as mesh:
+        model, _ = _load(path, mesh)
+        generator = Generator(model, Pipeline(model, mesh.pp))
+        found = generator.generate(prompts, new_tokens, draft_length=3).outputs
+        try:
+            Pipeline(model)
+            refused = ""
+        except CommfuseError as error:
+            refused = str(error)
+        dist.barrier()
+    return {"outputs": found, "refused": refused}
+
+
+def dying(path: str, victim: int, folder: str) -> tuple[str, str, float]:
+    """A stage is killed in the middle of a generation; what the others get."""
+    mesh = init_mesh(pp=dist.get_world_size())
+    model, _ = _load(path, mesh)
+    generator = Generator(model, Pipeline(model, mesh.pp))
+    killed_at = [0.0]
+
+    def on_tokens(index: int, tokens: list[int]) -> None:
+        if killed_at[0] == 0.0 and len(tokens_seen) == 6:
+            killed_at[0] = time.monotonic()
+            if mesh.pp.rank == victim:
+                os.kill(os.getpid(), 9)
+        tokens_seen.append(index)
+
+    tokens_seen: list[int] = []
+    try:
+        generator.generate([[1, 2, 3], [4, 5]], 40, on_tokens=on_tokens)
+        error = ("", "", 0.0)
+    except CommfuseError as raised:
+        error = type(raised).__name__, str(raised), time.monotonic() - killed_at[0]
+    Path(folder, str(mesh.pp.rank)).touch()
+    deadline = time.monotonic() + 10
+    while len(os.listdir(folder)) < mesh.pp.world_size - 1 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    mesh.close()
+    return error
