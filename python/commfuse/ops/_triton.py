@@ -35,6 +35,13 @@ def triton_obstacle(comm: Communicator | None, query: Query) -> str | None:
     return None
 
 
+def triton_draw_obstacle(comm: Communicator | None, query: Query) -> str | None:
+    """As :func:`triton_obstacle`, of the ops that draw from vocabulary shards."""
+    if query.device != "cpu":
+        return f"looks at options and rows on the host: for the CPU, not for {query.device}"
+    return triton_obstacle(comm, query)
+
+
 def _most_blocks(comm: Communicator) -> int:
     """The largest grid whose blocks run together on every rank's GPU: one on a multiprocessor.
 
@@ -129,8 +136,7 @@ def draw_triton(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(tokens, accepted, log-probabilities) of rows that are drawn from the whole target.
 
-    Looks at options and results on the host: such a call cannot be captured. ``place`` names a
-    request's row in errors.
+    Looks at options and results on the host. ``place`` names a request's row in errors.
 
     Raises:
         BackendUnavailable: a request draws by top-k or top-p.

@@ -16,7 +16,7 @@ from commfuse.ops._registry import (
     torch_on_host_obstacle,
 )
 from commfuse.ops._sampling import Sampling
-from commfuse.ops._triton import draw_triton, triton_obstacle
+from commfuse.ops._triton import draw_triton, triton_draw_obstacle
 from commfuse.runtime.communicator import Communicator
 
 
@@ -81,7 +81,7 @@ OP = Op(
     (
         Backend("cpu", _native, cpu_obstacle),
         Backend("cuda", _native, cuda_obstacle),
-        Backend("triton", _triton, triton_obstacle, automatic=False),
+        Backend("triton", _triton, triton_draw_obstacle, automatic=False),
         Backend("torch", torch_argmax, torch_on_host_obstacle),
     ),
 )

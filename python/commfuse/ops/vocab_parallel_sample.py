@@ -23,7 +23,7 @@ from commfuse.ops._sampling import (
     gather_columns,
     log_probabilities_of,
 )
-from commfuse.ops._triton import draw_triton, triton_obstacle
+from commfuse.ops._triton import draw_triton, triton_draw_obstacle
 from commfuse.ops.vocab_parallel_argmax import torch_argmax
 from commfuse.runtime.communicator import Communicator
 
@@ -92,7 +92,7 @@ OP = Op(
     (
         Backend("cpu", _native, cpu_obstacle),
         Backend("cuda", _native, cuda_obstacle),
-        Backend("triton", _triton, triton_obstacle, automatic=False),
+        Backend("triton", _triton, triton_draw_obstacle, automatic=False),
         Backend("torch", _torch, torch_on_host_obstacle),
     ),
 )
