@@ -174,6 +174,7 @@ PYBIND11_MODULE(_C, m) {
       .def("stop_trace", &Communicator::stop_trace)
       .def("start_spans", &Communicator::start_spans)
       .def("stop_spans", &Communicator::stop_spans)
+      .def("set_name", &Communicator::set_name, py::arg("name"))
       .def("set_publish_delay_us", &Communicator::set_publish_delay_us);
   py::class_<Channel, std::shared_ptr<Channel>>(m, "Channel")
       .def_static(

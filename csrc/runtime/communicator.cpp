@@ -132,7 +132,8 @@ void Communicator::check() const {
   if (error.state.load(std::memory_order_relaxed) == 0) return;
   // The writer is between two stores, or was killed there; then what stands is all there is.
   for (int i = 0; i < 1000 && error.state.load(std::memory_order_acquire) != 2; ++i) sched_yield();
-  throw CommunicatorError(error.details.failure, error.str());
+  throw CommunicatorError(error.details.failure,
+                          (name_.empty() ? "" : "among the " + name_ + ", ") + error.str());
 }
 
 void Communicator::raise(const FailureDetails& details) {

@@ -80,6 +80,9 @@ class Communicator {
   // Leaves in order; peers that wait for this rank are told. Calls after it throw.
   void close();
 
+  // Whose ranks its errors are about; empty: it is not said.
+  void set_name(std::string name) { name_ = std::move(name); }
+
   // What to fetch while the next call waits for its peers.
   void read_ahead(const void* data, size_t bytes) { read_ahead_ = ReadAhead(data, bytes); }
 
@@ -132,6 +135,7 @@ class Communicator {
   std::atomic<bool> busy_{false};
   bool closed_ = false;
   int publish_delay_us_ = 0;
+  std::string name_;
   ReadAhead read_ahead_;
   Statistics statistics_;
   std::optional<std::vector<TraceEvent>> trace_;

@@ -151,7 +151,7 @@ def test_a_killed_stage_is_named_by_all_others(model, stages, victim, tmp_path):
     for rank in set(range(stages)) - {victim}:
         kind, text, seconds = results[rank]
         assert kind == "PeerDied", text
-        assert f"rank {victim} is gone" in text
+        assert f"among the stages, rank {victim} is gone" in text
         assert seconds < 10
 
 
@@ -175,7 +175,7 @@ def test_a_stage_on_each_of_two_hosts(model, whole, tp, tmp_path):
         assert rank["outputs"] == whole["drafts"][0]
     for rank in range(tp):
         kind, text, seconds = found[rank]["killed"]
-        assert kind == "PeerDied" and "rank 1 is gone" in text, text
+        assert kind == "PeerDied" and "among the stages, rank 1 is gone" in text, text
         assert seconds < 10
 
 

@@ -282,11 +282,14 @@ class Channel:
             yield
         except RuntimeError as error:
             me = f"rank {self.comm.rank}"
+            among = f"among the {self.comm.name}, " if self.comm.name else ""
             if "timed out" in str(error).lower():
-                waited = f"{me} waited {self.comm.timeout:.3g} s for rank {self.peer} in {what}"
+                waited = (
+                    f"{among}{me} waited {self.comm.timeout:.3g} s for rank {self.peer} in {what}"
+                )
                 self._failure = PeerTimeout(f"{waited}. Is that rank stuck?")
             else:
                 self._failure = PeerDied(
-                    f"rank {self.peer} is gone: {me} lost it in {what}: {error}"
+                    f"{among}rank {self.peer} is gone: {me} lost it in {what}: {error}"
                 )
             raise self._failure from None

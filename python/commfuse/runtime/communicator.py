@@ -77,6 +77,7 @@ class Communicator:
             None: 1 MiB, on a GPU 16 MiB.
         timeout: seconds that a rank waits for another before it raises :class:`PeerTimeout`.
         link: an emulated link; everything measured through it is marked as emulated.
+        name: of its ranks, plural, for errors, in which ranks are numbered from 0.
 
     Raises:
         UsageError: a mesh of several dimensions, an unknown transport, too little shared memory
@@ -109,6 +110,7 @@ class Communicator:
         workspace_bytes: int | None = None,
         timeout: float = 30.0,
         link: Link | None = None,
+        name: str | None = None,
     ):
         self._closed = True  # until construction succeeds
         if isinstance(group, DeviceMesh):
@@ -169,6 +171,9 @@ class Communicator:
             elif self.transport == SYMMETRIC_MEMORY:
                 self._native = self._share_memory(HOST_PAYLOAD_BYTES, 0)
                 self._share_gpu_memory(payload_bytes, workspace_bytes)
+        self.name = name
+        if name is not None and self._native is not None:
+            self._native.set_name(name)
         self._closed = False
 
     def gather(self, value: Any) -> list[Any]:

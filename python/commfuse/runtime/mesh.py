@@ -74,9 +74,15 @@ def init_mesh(
             f"torchrun --nproc-per-node {tp * pp}, or other sizes"
         )
     links = links or {}
+    names = {"tp": "ranks of a stage" if pp > 1 else None, "pp": "stages"}
     options = {
-        dimension: {"device": device, "link": links.get(dimension), **communicator_options}
-        for dimension in ("tp", "pp")
+        dimension: {
+            "device": device,
+            "link": links.get(dimension),
+            "name": name,
+            **communicator_options,
+        }
+        for dimension, name in names.items()
     }
     if world == 1 and not dist.is_initialized():
         return Mesh(None, Communicator(None, **options["tp"]), Communicator(None, **options["pp"]))
