@@ -64,7 +64,7 @@ def draw(rows: Sequence[dict], folder: Path) -> list[Path]:
     def key(row: dict) -> tuple[str, int, str]:
         return row["op"], row["ranks"], row["setting"]
 
-    if wall := [row for row in rows if row["op"] == "wall"]:
+    if wall := [row for row in rows if row.get("op") == "wall"]:
         found.append(_draw_wall(wall, folder / "wall.png"))
     measured = sorted((row for row in rows if row.get("device") == "cuda"), key=key)
     for (op, ranks, _), group in groupby(measured, key):

@@ -12,7 +12,6 @@ import typer
 
 from commfuse.cli.ranks import agree_on_mesh, cores, run_again_as_ranks, started_ranks
 from commfuse.errors import UsageError
-from commfuse.models.stages import parse_split
 from commfuse.runtime.link import Link, parse_links
 from commfuse.speculative.ngram import parse_drafter
 
@@ -123,6 +122,8 @@ def generate(
 
     Under torchrun it runs on torchrun's ranks instead.
     """
+    from commfuse.models.stages import parse_split
+
     if logprobs and not as_json:
         raise UsageError("--logprobs: they are part of what --json prints; add --json")
     if dtype is not None and dtype not in DTYPES:
