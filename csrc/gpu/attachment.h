@@ -39,8 +39,10 @@ class Attachment {
   Thresholds thresholds;
   FusedRows fused_rows;
 
-  // Before each launch. Throws the communicator's failure, or ConcurrentUseError where another
-  // stream's calls are still running.
+  // Before anything of a call may touch shared memory. Throws the communicator's failure, or
+  // ConcurrentUseError where another stream's calls are still running.
+  void admit(const Descriptor& descriptor, cudaStream_t stream);
+  // Admits, before each launch.
   CallSite enter(const Descriptor& descriptor, cudaStream_t stream, int64_t bytes_sent);
 
   // In host memory, as the GPU sees it: the earliest row from which no token can be drawn

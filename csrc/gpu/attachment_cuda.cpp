@@ -89,9 +89,13 @@ uint64_t Attachment::take_row_report() {
   return found;
 }
 
-CallSite Attachment::enter(const Descriptor& descriptor, cudaStream_t stream, int64_t bytes_sent) {
+void Attachment::admit(const Descriptor& descriptor, cudaStream_t stream) {
   communicator_.check();
   check_stream(stream, descriptor);
+}
+
+CallSite Attachment::enter(const Descriptor& descriptor, cudaStream_t stream, int64_t bytes_sent) {
+  admit(descriptor, stream);
   communicator_.count_call(static_cast<uint64_t>(bytes_sent));
   return {workspace_, descriptor, max_blocks_, stream};
 }

@@ -162,9 +162,9 @@ class Exchange {
       return seen >> 16 == generation_;
     });
     if (outcome == Wait::done) {
-      // R10: only block 0 compares tags, since the grids of ranks that disagree may differ.
-      if (block_ != 0 || seen == (generation_ << 16 | tag)) return true;
-      fail(Failure::mismatch, source, phase, seen);
+      // R10: only block 0 reports, since the grids of ranks that disagree may differ.
+      if (seen == (generation_ << 16 | tag)) return true;
+      if (block_ == 0) fail(Failure::mismatch, source, phase, seen);
     } else if (outcome == Wait::timed_out) {
       time_out(source, phase, block_);
     }
@@ -196,8 +196,11 @@ class Exchange {
       const bool late = slow && now_ns() - begin > w_.timeout_ns;
       if (there()) return Wait::done;
       if (!slow) continue;
-      if (load_relaxed(reinterpret_cast<const uint64_t*>(own_ + kAbort)) != 0 ||
-          load_relaxed(w_.host_failed) != 0) {
+      auto* abort = reinterpret_cast<uint64_t*>(own_ + kAbort);
+      if (load_relaxed(abort) != 0) return Wait::aborted;
+      if (load_relaxed(w_.host_failed) != 0) {
+        // The next kernel of this rank, which works in the same generation, must store nothing.
+        store_release(abort, 1 + w_.rank);
         return Wait::aborted;
       }
       if (late) return Wait::timed_out;

@@ -1,7 +1,8 @@
 // What a kernel may read before its predecessors have ended. Ours start early (launch.cuh), and a
 // GEMM fetches its weights at once; only where one of the two ops of ours before it writes them
-// must it wait: a GEMM, and the exchange behind it. (Those before that GEMM have ended, and so have
-// other predecessors than ours: protocol.cuh, wait_for_predecessor.)
+// must it wait: a GEMM, and the exchange behind it, each of which leaves a record. (Those before
+// that GEMM have ended, and so have predecessors that are not ours: protocol.cuh,
+// wait_for_predecessor.)
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -24,8 +24,9 @@ std::pair<at::Tensor, at::Tensor> unfused(GpuCall& call, const Descriptor& descr
                                           const Tail& tail) {
   at::Tensor product;
   if (matmul_serves(x) && w.size(0) > 0) {
-    // An all-reduce in bulk then has nothing to stage. Nobody reads there: the last such call ended
-    // with a barrier.
+    // An all-reduce in bulk then has nothing to stage. Nobody reads there: the last such call of this
+    // stream ended with a barrier.
+    call.gpu().admit(descriptor, call.stream);
     const int64_t bytes = x.size(0) * w.size(0) * static_cast<int64_t>(size_of(dtype));
     const Workspace& workspace = call.gpu().workspace();
     if (all_reduce_algorithm(call.gpu(), bytes) == AllReduce::bulk &&
@@ -37,7 +38,7 @@ std::pair<at::Tensor, at::Tensor> unfused(GpuCall& call, const Descriptor& descr
     }
     matmul(matmul_args(x, w, call.gpu().max_blocks(), call.stream), nullptr,
            product.mutable_data_ptr(), call.stream);
-    call.wrote({range_of(product)});
+    call.wrote({range_of(product)});  // also in the staging area: stream_order.h counts records
     call.behind_gemm = true;
   } else {
     product = at::linear(x, w);
