@@ -24,8 +24,8 @@ std::pair<at::Tensor, at::Tensor> unfused(GpuCall& call, const Descriptor& descr
                                           const Tail& tail) {
   at::Tensor product;
   if (matmul_serves(x) && w.size(0) > 0) {
-    // An all-reduce in bulk then has nothing to stage. Nobody reads there: the last such call of this
-    // stream ended with a barrier.
+    // An all-reduce in bulk then has nothing to stage. Nobody reads there: the last such call of
+    // this stream ended with a barrier.
     call.gpu().admit(descriptor, call.stream);
     const int64_t bytes = x.size(0) * w.size(0) * static_cast<int64_t>(size_of(dtype));
     const Workspace& workspace = call.gpu().workspace();
