@@ -12,9 +12,11 @@ from commfuse.models.config import ModelConfig
 from commfuse.nn import (
     GatedColumnParallelLinear,
     KVCache,
+    MergedColumnParallelLinear,
     ParallelAttention,
     ParallelBlock,
     ParallelMLP,
+    RMSNorm,
     RowParallelLinear,
     VocabParallelEmbedding,
     VocabParallelHead,
@@ -87,12 +89,14 @@ class Llama(nn.Module):
         self.first_norm = norms[0]
         self.blocks = nn.ModuleList()
         for layer in range(config.num_layers):
-            self.blocks.append(self._block(checkpoint, f"model.layers.{layer}.", norms[layer + 1]))
+            self.blocks.append(self._block(checkpoint, f"model.layers.{layer}.", norms[layer]))
             return_freed_memory()
 
-        self._stack = [block.weights for block in self.blocks]
+        self._stack = [
+            block.weights(norm) for block, norm in zip(self.blocks, norms[1:], strict=True)
+        ]
 
-    def _block(self, checkpoint: Checkpoint, prefix: str, next_norm: torch.Tensor) -> ParallelBlock:
+    def _block(self, checkpoint: Checkpoint, prefix: str, norm: torch.Tensor) -> ParallelBlock:
         config, comm = self.config, self.comm
 
         def read(name: str, rows: slice | None = None, columns: slice | None = None):
@@ -106,17 +110,21 @@ class Llama(nn.Module):
             parts = (("q", query), ("k", kv), ("v", kv))
             return torch.cat([read(f"self_attn.{p}_proj.{kind}", rows=r) for p, r in parts])
 
+        def rms_norm(name: str) -> RMSNorm:
+            return RMSNorm(read(f"{name}.weight"), config.rms_norm_eps)
+
         attention = ParallelAttention(
-            qkv("weight"),
-            read("self_attn.o_proj.weight", columns=query),
+            MergedColumnParallelLinear(qkv("weight"), qkv("bias") if config.qkv_bias else None),
+            RowParallelLinear(
+                read("self_attn.o_proj.weight", columns=query),
+                comm,
+                read("self_attn.o_proj.bias") if config.o_bias else None,
+            ),
             self.heads,
-            comm,
-            qkv_bias=qkv("bias") if config.qkv_bias else None,
-            output_bias=read("self_attn.o_proj.bias") if config.o_bias else None,
             norms=(
-                (read("self_attn.q_norm.weight"), read("self_attn.k_norm.weight"))
+                (rms_norm("self_attn.q_norm"), rms_norm("self_attn.k_norm"))
                 if config.qk_norm
-                else (None, None)
+                else None
             ),
             eps=config.rms_norm_eps,
         )
@@ -134,11 +142,20 @@ class Llama(nn.Module):
             ),
             config.rms_norm_eps,
         )
-        return ParallelBlock(attention, mlp, read("post_attention_layernorm.weight"), next_norm)
+        return ParallelBlock(
+            attention,
+            mlp,
+            RMSNorm(norm, config.rms_norm_eps),
+            rms_norm("post_attention_layernorm"),
+        )
 
     def weight_bytes_per_step(self) -> int:
         """Bytes of weights that this rank reads in a decoding step, the head included."""
-        weights = [m.weight for m in self.blocks.modules() if hasattr(m, "weight")]
+        weights = [
+            m.weight
+            for m in self.blocks.modules()
+            if hasattr(m, "weight") and not isinstance(m, RMSNorm)
+        ]
         weights.append(self.head.weight)
         return sum(w.data.nbytes for w in weights)
 
