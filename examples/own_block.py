@@ -1,14 +1,13 @@
 """A transformer block of your own on two processes: torchrun --nproc-per-node 2 FILE"""
 
 import torch
-import torch.distributed as dist
 from transformers.models.llama import modeling_llama as llama
 
 import commfuse
 from commfuse.nn import KVCache, ParallelBlock
 from commfuse.ops import Placement
 
-dist.init_process_group("gloo")
+torch.distributed.init_process_group("gloo")
 torch.manual_seed(0)
 sizes = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 16}
 config = llama.LlamaConfig(**sizes, intermediate_size=160, attn_implementation="sdpa")
@@ -17,7 +16,7 @@ x, places = torch.randn(5, 96), torch.arange(5)
 rotary = llama.LlamaRotaryEmbedding(config)
 angles = torch.outer(places, rotary.inv_freq)
 
-with commfuse.init_mesh(tp=dist.get_world_size()) as mesh:
+with commfuse.init_mesh(tp=torch.distributed.get_world_size()) as mesh:
     with torch.device("meta"):  # no weights yet
         block = ParallelBlock.from_block(llama.LlamaDecoderLayer(config, 0), mesh.tp)
     block.load_state_dict(whole.state_dict())  # each rank takes its part of the whole tensors
@@ -25,8 +24,7 @@ with commfuse.init_mesh(tp=dist.get_world_size()) as mesh:
     placement = Placement(places * 0, places, (angles.cos(), angles.sin()))
     _, residual = block(block.input_layernorm(x), x, cache, placement, torch.ones(96))
     expected = whole(x[None], position_embeddings=rotary(x, places[None]))[0]
+    error = (residual - expected).abs().max().item()
     if mesh.tp.rank == 0:
-        print(
-            f"{mesh.tp.world_size} ranks, largest difference {(residual - expected).abs().max():.1e}"
-        )
-dist.destroy_process_group()
+        print(f"{mesh.tp.world_size} ranks, largest difference {error:.1e}")
+torch.distributed.destroy_process_group()
