@@ -146,6 +146,7 @@ def test_generate_as_one_process_does(ranks, models, references, name):
     assert_as_one_process_does(ranks, str(models[name][0]), references[name])
 
 
+@pytest.mark.long
 def test_generate_on_four_ranks(models, references):
     """With 1, 3 and 8 KV heads: one for all ranks, fewer than ranks, several a rank."""
     names = ("llama", "llama tied", "llama biases, llama3 rope")
