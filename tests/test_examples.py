@@ -1,5 +1,7 @@
 """The examples run on two ranks, print what they should, and are short."""
 
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -8,20 +10,57 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PRINTED = {
+    "generate.py": "The capital of France is Paris",
     "own_block.py": "2 ranks, largest difference",
     "transformers_model.py": "The capital of France is Paris",
 }
+TWO_HOSTS = "two_hosts.py"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
-def test_every_example_is_run_here():
-    assert {path.name for path in EXAMPLES.glob("*.py")} == set(PRINTED)
+def test_every_example_is_run_here_and_short():
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {*PRINTED, TWO_HOSTS}
+    for path in EXAMPLES.glob("*.py"):
+        assert len(path.read_text().splitlines()) <= 30, path
+
+
+def lines(process: subprocess.Popen) -> list[str]:
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    return stdout.splitlines()
+
+
+def start(command: list[str], **environment: str) -> subprocess.Popen:
+    pipe = subprocess.PIPE
+    env = {**os.environ, **environment}
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env)
 
 
 @pytest.mark.parametrize("name", PRINTED)
 def test_example(name):
-    assert len((EXAMPLES / name).read_text().splitlines()) <= 30
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*torchrun, "--nproc-per-node", "2", str(EXAMPLES / name)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(PRINTED[name])
+    command = [*TORCHRUN, "--standalone", "--nproc-per-node", "2", str(EXAMPLES / name)]
+    assert lines(start(command))[0].startswith(PRINTED[name])
+
+
+def test_example_for_two_hosts():
+    """The second torchrun has a host name of its own: its ranks are taken for another host's."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    commands = [
+        [*TORCHRUN, "--nnodes", "2", "--node-rank", str(node), "--master-addr", "127.0.0.1",
+         "--master-port", str(port), "--nproc-per-node", "1", str(EXAMPLES / TWO_HOSTS)]
+        for node in range(2)
+    ]  # fmt: skip
+    renamed = ["unshare", "--uts", "--map-root-user", "sh", "-c", 'hostname second && exec "$@"']
+    hosts = [commands[0], [*renamed, "sh", *commands[1]]]
+    processes = [start(command, GLOO_SOCKET_IFNAME="lo") for command in hosts]
+    try:
+        printed = [lines(process) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    for name, (where, difference) in zip((socket.gethostname(), "second"), printed, strict=True):
+        assert where == f"{name}: 2 ranks over torch.distributed"
+        assert float(difference.split()[-1]) < 1e-5

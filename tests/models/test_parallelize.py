@@ -128,9 +128,7 @@ def assert_same_tokens(found, reference):
             assert best[0] - best[1] < GAP
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_generate_as_one_process_does(ranks, models, references, name):
-    path, reference = str(models[name][0]), references[name]
+def assert_as_one_process_does(ranks, path, reference):
     for rank in ranks:
         for way in ("live", "read"):
             found = rank[path, way]
@@ -141,6 +139,21 @@ def test_generate_as_one_process_does(ranks, models, references, name):
             assert all("norm" in parameter for parameter in found["parameters"])
         for way in ("static cache", "no cache"):
             assert_same_tokens(rank[path, way], reference)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_generate_as_one_process_does(ranks, models, references, name):
+    assert_as_one_process_does(ranks, str(models[name][0]), references[name])
+
+
+@pytest.mark.long
+def test_generate_on_four_ranks(models, references):
+    """With 1, 3 and 8 KV heads: one for all ranks, fewer than ranks, several a rank."""
+    names = ("llama", "llama tied", "llama biases, llama3 rope")
+    paths = [str(models[name][0]) for name in names]
+    ranks = run_ranks(f"{WORKER}:run", 4, args=(paths, PROMPTS, NEW_TOKENS), timeout=200)
+    for name, path in zip(names, paths, strict=True):
+        assert_as_one_process_does(ranks, path, references[name])
 
 
 def test_the_weights_of_smollm2(models):

@@ -11,9 +11,11 @@ from commfuse.nn import (
     ColumnParallelLinear,
     GatedColumnParallelLinear,
     KVCache,
+    MergedColumnParallelLinear,
     ParallelAttention,
     ParallelBlock,
     ParallelMLP,
+    RMSNorm,
     RowParallelLinear,
     VocabParallelEmbedding,
     VocabParallelHead,
@@ -151,24 +153,23 @@ def _block(comm, dtype, optional: bool) -> ParallelBlock:
 
     q, k, v = (random(count * dim, HIDDEN) for count in (heads, kv_heads, kv_heads))
     output, gate, up = random(HIDDEN, heads * dim), random(FEATURES, HIDDEN), random(77, HIDDEN)
-    down, middle, following = random(HIDDEN, FEATURES), random(HIDDEN), random(HIDDEN)
+    down = random(HIDDEN, FEATURES)
+    before, between = RMSNorm(random(HIDDEN), EPS), RMSNorm(random(HIDDEN), EPS)
     biases = [random(count) for count in (heads * dim, kv_heads * dim, kv_heads * dim)]
     output_bias, gate_bias, up_bias, down_bias = (
         random(count) for count in (HIDDEN, FEATURES, FEATURES, HIDDEN)
     )
-    norms = (random(dim), random(dim))
+    norms = (RMSNorm(random(dim), EPS), RMSNorm(random(dim), EPS))
 
     shard = shard_heads(heads, kv_heads, comm.world_size, comm.rank)
     query, kv = shard.query.scaled(dim), shard.kv.scaled(dim)
     rows = split(FEATURES, comm.world_size, comm.rank).scaled(1)
+    qkv_bias = torch.cat((biases[0][query], biases[1][kv], biases[2][kv])) if optional else None
     attention = ParallelAttention(
-        torch.cat((q[query], k[kv], v[kv])),
-        output[:, query],
+        MergedColumnParallelLinear(torch.cat((q[query], k[kv], v[kv])), qkv_bias),
+        RowParallelLinear(output[:, query], comm, output_bias if optional else None),
         shard,
-        comm,
-        qkv_bias=torch.cat((biases[0][query], biases[1][kv], biases[2][kv])) if optional else None,
-        output_bias=output_bias if optional else None,
-        norms=norms if optional else (None, None),
+        norms=norms if optional else None,
         eps=EPS,
     )
     gated = GatedColumnParallelLinear(
@@ -177,7 +178,7 @@ def _block(comm, dtype, optional: bool) -> ParallelBlock:
     mlp = ParallelMLP(
         gated, RowParallelLinear(down[:, rows], comm, down_bias if optional else None), EPS
     )
-    return ParallelBlock(attention, mlp, middle, following)
+    return ParallelBlock(attention, mlp, before, between)
 
 
 def blocks() -> list[str]:
@@ -205,20 +206,20 @@ def blocks() -> list[str]:
                 )
                 heads = shard_heads(6, 3, comm.world_size, comm.rank)
                 caches = KVCache(8, 2, len(heads.kv), 16, 16, dtype).layers
-                one = block(x, residual, caches[0], placement)
-                again = block(x, residual, caches[1], placement, read_next=block.weights.qkv)
-                middle = block.attention(
-                    x, caches[2], placement, residual, block.weights.middle_norm
-                )
-                two = block.mlp(*middle, block.weights.next_norm)
+                following = torch.randn(HIDDEN, generator=generator).to(dtype)
+                weights = block.weights(following)
+                one = block(x, residual, caches[0], placement, following)
+                again = block(x, residual, caches[1], placement, following, read_next=weights.qkv)
+                middle = block.self_attn(x, caches[2], placement, residual, weights.middle_norm)
+                two = block.mlp(*middle, following)
                 if not digest(*one) == digest(*again) == digest(*two):
                     failures.append(f"{name}: differs from its halves")
                 stack = ops.transformer_blocks(
-                    x, residual, [block.weights] * 2, caches[4:6], placement, comm
+                    x, residual, [weights] * 2, caches[4:6], placement, comm
                 )
-                if digest(*stack) != digest(*block(*one, caches[6], placement)):
+                if digest(*stack) != digest(*block(*one, caches[6], placement, following)):
                     failures.append(f"{name}: a stack differs from its blocks")
-                other = slow(x, residual, caches[3], placement)
+                other = slow(x, residual, caches[3], placement, following)
                 for ours, theirs in zip(one, other, strict=True):
                     distance = (ours.double() - theirs.double()).abs().max()
                     if not distance <= 8 * torch.finfo(dtype).eps * theirs.double().abs().max():

@@ -13,9 +13,11 @@ from commfuse.models.stages import Stage, cut_stages
 from commfuse.nn import (
     GatedColumnParallelLinear,
     KVCache,
+    MergedColumnParallelLinear,
     ParallelAttention,
     ParallelBlock,
     ParallelMLP,
+    RMSNorm,
     RowParallelLinear,
     VocabParallelEmbedding,
     VocabParallelHead,
@@ -102,12 +104,14 @@ class Llama(nn.Module):
         ]
         self.first_norm = norms[0]
         self.blocks = nn.ModuleList()
-        for index, next_norm in enumerate(norms[1:]):
+        for index, norm in enumerate(norms[:-1]):
             prefix = f"model.layers.{self.stage.layers.begin + index}."
-            self.blocks.append(self._block(checkpoint, prefix, next_norm))
+            self.blocks.append(self._block(checkpoint, prefix, norm))
             return_freed_memory()
 
-        self._stack = [block.weights for block in self.blocks]
+        self._stack = [
+            block.weights(norm) for block, norm in zip(self.blocks, norms[1:], strict=True)
+        ]
 
     def _norm(self, checkpoint: Checkpoint, layer: int) -> torch.Tensor:
         """The RMSNorm in front of a layer, or of the head."""
@@ -116,7 +120,7 @@ class Llama(nn.Module):
             name = "model.norm.weight"
         return checkpoint.read(name, dtype=self.dtype)
 
-    def _block(self, checkpoint: Checkpoint, prefix: str, next_norm: torch.Tensor) -> ParallelBlock:
+    def _block(self, checkpoint: Checkpoint, prefix: str, norm: torch.Tensor) -> ParallelBlock:
         config, comm = self.config, self.comm
 
         def read(name: str, rows: slice | None = None, columns: slice | None = None):
@@ -130,17 +134,21 @@ class Llama(nn.Module):
             parts = (("q", query), ("k", kv), ("v", kv))
             return torch.cat([read(f"self_attn.{p}_proj.{kind}", rows=r) for p, r in parts])
 
+        def rms_norm(name: str) -> RMSNorm:
+            return RMSNorm(read(f"{name}.weight"), config.rms_norm_eps)
+
         attention = ParallelAttention(
-            qkv("weight"),
-            read("self_attn.o_proj.weight", columns=query),
+            MergedColumnParallelLinear(qkv("weight"), qkv("bias") if config.qkv_bias else None),
+            RowParallelLinear(
+                read("self_attn.o_proj.weight", columns=query),
+                comm,
+                read("self_attn.o_proj.bias") if config.o_bias else None,
+            ),
             self.heads,
-            comm,
-            qkv_bias=qkv("bias") if config.qkv_bias else None,
-            output_bias=read("self_attn.o_proj.bias") if config.o_bias else None,
             norms=(
-                (read("self_attn.q_norm.weight"), read("self_attn.k_norm.weight"))
+                (rms_norm("self_attn.q_norm"), rms_norm("self_attn.k_norm"))
                 if config.qk_norm
-                else (None, None)
+                else None
             ),
             eps=config.rms_norm_eps,
         )
@@ -158,11 +166,20 @@ class Llama(nn.Module):
             ),
             config.rms_norm_eps,
         )
-        return ParallelBlock(attention, mlp, read("post_attention_layernorm.weight"), next_norm)
+        return ParallelBlock(
+            attention,
+            mlp,
+            RMSNorm(norm, config.rms_norm_eps),
+            rms_norm("post_attention_layernorm"),
+        )
 
     def weight_bytes_per_step(self) -> int:
         """Bytes of weights that this rank reads in a decoding step, a head included."""
-        weights = [m.weight for m in self.blocks.modules() if hasattr(m, "weight")]
+        weights = [
+            m.weight
+            for m in self.blocks.modules()
+            if hasattr(m, "weight") and not isinstance(m, RMSNorm)
+        ]
         if self.head is not None:
             weights.append(self.head.weight)
         return sum(w.data.nbytes for w in weights)

@@ -9,11 +9,13 @@ from commfuse.nn.block import ParallelBlock, ParallelMLP
 from commfuse.nn.linear import (
     ColumnParallelLinear,
     GatedColumnParallelLinear,
+    MergedColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
     VocabParallelHead,
 )
-from commfuse.nn.sharded import ShardedModule
+from commfuse.nn.norm import RMSNorm
+from commfuse.nn.sharded import ShardedGroup, ShardedModule, gather_state_dict
 from commfuse.nn.sharding import HeadShard, Slice, Span, shard_heads, shard_vocabulary, split
 
 __all__ = [
@@ -21,15 +23,19 @@ __all__ = [
     "GatedColumnParallelLinear",
     "HeadShard",
     "KVCache",
+    "MergedColumnParallelLinear",
     "ParallelAttention",
     "ParallelBlock",
     "ParallelMLP",
+    "RMSNorm",
     "RowParallelLinear",
+    "ShardedGroup",
     "ShardedModule",
     "Slice",
     "Span",
     "VocabParallelEmbedding",
     "VocabParallelHead",
+    "gather_state_dict",
     "shard_heads",
     "shard_vocabulary",
     "split",

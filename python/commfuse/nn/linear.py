@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from commfuse.errors import UsageError
 from commfuse.nn.sharded import ShardedModule
 from commfuse.nn.sharding import Slice, Span, shard_vocabulary, split
 from commfuse.ops import PackedWeight
+from commfuse.ops.matmul import LANES
 from commfuse.runtime.communicator import Communicator
 
 
@@ -49,11 +50,13 @@ class _Linear(ShardedModule):
         return parts
 
     def _take(self, parts: Mapping[str, torch.Tensor]) -> None:
-        weight = _prepare(parts["weight"])
-        bias = parts["bias"].clone() if "bias" in self.slices else None
+        self._assign(_prepare(parts["weight"]), parts.get("bias"))
+
+    def _assign(self, weight: PackedWeight | torch.Tensor, bias: torch.Tensor | None) -> None:
         if self.weight is None:
             own = isinstance(weight, PackedWeight)
-            self.weight, self.bias = weight if own else weight.clone(), bias
+            self.weight = weight if own else weight.clone()
+            self.bias = None if bias is None else bias.clone()
             return
         # Others may hold these tensors: a tied head, the weights of a block.
         if isinstance(weight, PackedWeight):
@@ -123,8 +126,100 @@ class ColumnParallelLinear(_Linear):
         return y.unflatten(0, x.shape[:-1])
 
 
-class GatedColumnParallelLinear(nn.Module):
+class MergedColumnParallelLinear(ColumnParallelLinear):
+    """Several column-parallel layers of the same input, such as Q, K and V, as one GEMM.
+
+    Its state dict has the layers' keys behind their names: ``q_proj.weight``.
+
+    Args:
+        weight: [features of this rank, in_features]: those of the first layer, then the next.
+        bias: [features of this rank] or None.
+
+    Example:
+        >>> qkv = MergedColumnParallelLinear(torch.cat((q, k, v)))
+    """
+
+    @classmethod
+    def from_linears(
+        cls,
+        linears: Mapping[str, nn.Linear],
+        comm: Communicator,
+        rows: Mapping[str, Span] | None = None,
+    ) -> MergedColumnParallelLinear:
+        """This rank's part of layers that every rank has whole, or on torch's meta device.
+
+        Args:
+            linears: by name, weight [out_features, in_features] each.
+            comm: the ranks.
+            rows: by name, the output features of this rank; None: as even as possible.
+
+        Raises:
+            UsageError: not all are a ``torch.nn.Linear``; some have a bias and others none; they
+                have different input features.
+
+        Example:
+            >>> layers = {"key": nn.Linear(512, 128), "value": nn.Linear(512, 128)}
+            >>> merged = MergedColumnParallelLinear.from_linears(layers, comm)
+            >>> key, value = merged(x).split(merged.widths, dim=-1)
+        """
+        layer = cls(None, slices=_merged_slices(linears, comm, rows))
+        layer.load_from(nn.ModuleDict(linears))
+        return layer
+
+    @property
+    def widths(self) -> list[int]:
+        """Features of this rank, of each layer."""
+        weights = [part for name, part in self.slices.items() if name.endswith(".weight")]
+        return [part.local_shape[0] for part in weights]
+
+    def parts(self) -> dict[str, torch.Tensor]:
+        pieces = {kind: tensor.split(self.widths) for kind, tensor in super().parts().items()}
+        return _named(self.slices, pieces)
+
+    def _take(self, parts: Mapping[str, torch.Tensor]) -> None:
+        weights, biases = _of_kind(parts, "weight"), _of_kind(parts, "bias")
+        self._assign(_prepare(torch.cat(weights)), torch.cat(biases) if biases else None)
+
+
+def _merged_slices(
+    linears: Mapping[str, nn.Linear], comm: Communicator, rows: Mapping[str, Span] | None
+) -> dict[str, Slice]:
+    """Of all weights and biases, those of a layer behind its name."""
+    slices = {}
+    for name, linear in linears.items():
+        if type(linear) is not nn.Linear:
+            raise UsageError(f"{name} must be a torch.nn.Linear, not a {type(linear).__name__}")
+        span = rows[name] if rows else split(linear.out_features, comm.world_size, comm.rank)
+        of_layer = _slices(linear, span.scaled(1))
+        slices |= {f"{name}.{kind}": part for kind, part in of_layer.items()}
+    inputs = {name: linear.in_features for name, linear in linears.items()}
+    if len(set(inputs.values())) > 1:
+        raise UsageError(f"layers of one input are needed here; their features are {inputs}")
+    biased = [name for name, linear in linears.items() if linear.bias is not None]
+    if biased and len(biased) < len(linears):
+        raise UsageError(
+            f"of {', '.join(linears)} only {', '.join(biased)} has a bias: give one to all, of "
+            "zeros where need be, or to none"
+        )
+    return slices
+
+
+def _of_kind(parts: Mapping[str, torch.Tensor], kind: str) -> list[torch.Tensor]:
+    return [part for name, part in parts.items() if name.endswith(f".{kind}")]
+
+
+def _named(
+    slices: Mapping[str, Slice], pieces: Mapping[str, Sequence[torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """Copies of the layers' weights and biases, by name."""
+    left = {kind: iter(tensors) for kind, tensors in pieces.items()}
+    return {name: next(left[name.rpartition(".")[2]]).clone() for name in slices}
+
+
+class GatedColumnParallelLinear(ShardedModule):
     """silu(x gateᵀ) · (x upᵀ) for the features of this rank, as one GEMM.
+
+    Its state dict has the layers' keys behind their names: ``gate_proj.weight``.
 
     Args:
         gate, up: [features of this rank, in_features] each.
@@ -133,20 +228,77 @@ class GatedColumnParallelLinear(nn.Module):
 
     def __init__(
         self,
-        gate: torch.Tensor,
-        up: torch.Tensor,
+        gate: torch.Tensor | None,
+        up: torch.Tensor | None,
         gate_bias: torch.Tensor | None = None,
         up_bias: torch.Tensor | None = None,
+        *,
+        slices: Mapping[str, Slice] | None = None,
     ):
-        super().__init__()
-        self.weight = ops.pack_gate_up(gate, up)
-        self.bias = None
-        if gate_bias is not None:
-            self.bias = ops.pack_gate_up(gate_bias[:, None], up_bias[:, None]).unpack().flatten()
+        super().__init__(slices or {})
+        self.weight = None if gate is None else ops.pack_gate_up(gate, up)
+        self.bias = None if gate_bias is None else _alternate(gate_bias, up_bias)
+
+    @classmethod
+    def from_linears(
+        cls, linears: Mapping[str, nn.Linear], comm: Communicator, rows: Span | None = None
+    ) -> GatedColumnParallelLinear:
+        """This rank's part of layers that every rank has whole, or on torch's meta device.
+
+        Args:
+            linears: by name the gate and the layer it gates, weight [features, in_features] each.
+            comm: the ranks.
+            rows: the features of this rank; None: as even as possible.
+
+        Raises:
+            UsageError: not two layers of one shape; else as
+                :meth:`MergedColumnParallelLinear.from_linears`.
+
+        Example:
+            >>> layers = {"w1": nn.Linear(512, 2048), "w3": nn.Linear(512, 2048)}
+            >>> gated = GatedColumnParallelLinear.from_linears(layers, comm)
+        """
+        spans = None if rows is None else dict.fromkeys(linears, rows)
+        slices = _merged_slices(linears, comm, spans)
+        features = [linear.out_features for linear in linears.values()]
+        if len(features) != 2 or features[0] != features[1]:
+            raise UsageError(
+                f"a gate and a layer of as many features are needed here, not {features} features"
+            )
+        layer = cls(None, None, slices=slices)
+        layer.load_from(nn.ModuleDict(linears))
+        return layer
+
+    def parts(self) -> dict[str, torch.Tensor]:
+        pieces = {"weight": self._separate(self.weight.unpack())}
+        if self.bias is not None:
+            pieces["bias"] = self._separate(self.bias)
+        return _named(self.slices, pieces)
+
+    def _separate(self, alternating: torch.Tensor) -> list[torch.Tensor]:
+        pairs = alternating.unflatten(0, (-1, 2, LANES))
+        return [pairs[:, half].flatten(0, 1)[: self.weight.out_features] for half in (0, 1)]
+
+    def _take(self, parts: Mapping[str, torch.Tensor]) -> None:
+        weight, biases = ops.pack_gate_up(*_of_kind(parts, "weight")), _of_kind(parts, "bias")
+        bias = _alternate(*biases) if biases else None
+        if self.weight is None:
+            self.weight, self.bias = weight, bias
+            return
+        # A block's weights may hold these tensors.
+        self.weight.data.copy_(weight.data)
+        if bias is not None:
+            self.bias.copy_(bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [rows, in_features] -> [rows, features of this rank]."""
-        return ops.matmul(x, self.weight, self.bias)
+        """x: [..., in_features] -> [..., features of this rank]."""
+        self.require_loaded()
+        return ops.matmul(_rows(x), self.weight, self.bias).unflatten(0, x.shape[:-1])
+
+
+def _alternate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Biases in the order of :func:`~commfuse.ops.pack_gate_up`'s rows."""
+    return ops.pack_gate_up(gate[:, None], up[:, None]).unpack().flatten()
 
 
 class RowParallelLinear(_Linear):
