@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ from commfuse import _extension, ops
 from commfuse.bench.gpu_peers import GPU_PEERS
 from commfuse.bench.peers import CPU_PEERS, Peer
 from commfuse.bench.provenance import gpu_provenance, last_level_cache_bytes, provenance
+from commfuse.bench.table import show_rows
 from commfuse.bench.timing import SECONDS, Cell, Times, gather, measure
 from commfuse.errors import BackendUnavailable, CommfuseError, UsageError
 from commfuse.runtime import launch
@@ -130,16 +130,8 @@ def run_rank(options: Options) -> None:
             stream,
             Communicator(group, device=device, link=options.link) as comm,
         ):
-            rows = []
-            for case in cases(options):
-                for row in measure_case(case, options, comm):
-                    rows.append(row)
-                    if options.as_json and comm.rank == 0:
-                        print(json.dumps(row), flush=True)
-            if not options.as_json and comm.rank == 0:
-                from commfuse.bench.table import print_table
-
-                print_table(rows)
+            rows = (row for case in cases(options) for row in measure_case(case, options, comm))
+            show_rows(rows, options.as_json, quiet=comm.rank != 0)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

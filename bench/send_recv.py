@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ import torch.distributed as dist
 
 from commfuse import ops
 from commfuse.bench.provenance import provenance
+from commfuse.bench.table import show_rows
 from commfuse.bench.timing import gather
 from commfuse.errors import CommfuseError, UsageError
 from commfuse.runtime import launch
@@ -70,16 +70,8 @@ def run_rank(options: Options) -> None:
     launch.join_job()
     try:
         with torch.inference_mode(), Communicator(dist.group.WORLD, link=options.link) as comm:
-            rows = []
-            for count in ROWS[options.cases]:
-                for row in _measure(count, options, comm):
-                    rows.append(row)
-                    if options.as_json and comm.rank == 0:
-                        print(json.dumps(row), flush=True)
-            if not options.as_json and comm.rank == 0:
-                from commfuse.bench.table import print_table
-
-                print_table(rows)
+            rows = (row for n in ROWS[options.cases] for row in _measure(n, options, comm))
+            show_rows(rows, options.as_json, quiet=comm.rank != 0)
     finally:
         dist.destroy_process_group()
 

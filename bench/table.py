@@ -72,6 +72,24 @@ def console() -> Console:
     return Console(highlight=False, width=None if Console().is_terminal else 180)
 
 
+def show_rows(rows: Iterable[dict], as_json: bool, quiet: bool) -> None:
+    """Takes rows as they are measured, which all ranks must do, and prints them: each at once as a
+    JSON object of its own, or all as a table in the end.
+
+    Args:
+        rows: of one op.
+        as_json: the former.
+        quiet: print nothing; every rank but one.
+    """
+    measured = []
+    for row in rows:
+        measured.append(row)
+        if as_json and not quiet:
+            print(json.dumps(row), flush=True)
+    if not as_json and not quiet:
+        print_table(measured)
+
+
 def print_table(rows: list[dict]) -> None:
     """Prints the rows of one op; a line above says what holds for all of them."""
     first = rows[0]

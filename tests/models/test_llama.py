@@ -25,27 +25,10 @@ from commfuse.models.smollm2 import ensure_smollm2
 from commfuse.runtime.communicator import Communicator
 from commfuse.testing import run_ranks
 from commfuse.testing.numerics import error
+from commfuse.testing.small_models import CONTEXT, LLAMA3, SIZES
 
 LLAMA = str(Path(__file__).parents[1] / "workers" / "llama.py")
-CONTEXT, NEW_TOKENS, GAP = 48, 24, 1e-4
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-SIZES = {
-    "hidden_size": 72,
-    "intermediate_size": 101,
-    "num_hidden_layers": 2,
-    "max_position_embeddings": CONTEXT,
-    "initializer_range": 0.15,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
+NEW_TOKENS, GAP = 24, 1e-4
 
 
 def sizes(vocabulary, heads, kv_heads, head_dim, tied=False, **more):

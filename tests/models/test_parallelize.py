@@ -28,35 +28,21 @@ from commfuse.models.smollm2 import ensure_smollm2
 from commfuse.runtime.communicator import Communicator
 from commfuse.runtime.mesh import Mesh
 from commfuse.testing import run_ranks
+from commfuse.testing.small_models import LLAMA3, SIZES
 
 WORKER = str(Path(__file__).parents[1] / "workers" / "parallelize.py")
 _spec = importlib.util.spec_from_file_location("parallelize_worker", WORKER)
 worker = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(worker)
 
-CONTEXT, NEW_TOKENS, GAP = 48, 8, 1e-4
+NEW_TOKENS, GAP = 8, 1e-4
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [7], [11, 12, 13] * 5]
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
 
 
 def make_config(kind, vocabulary=257, heads=4, kv_heads=2, head_dim=16, **more):
     return kind(
         **{
-            "hidden_size": 72,
-            "intermediate_size": 101,
-            "num_hidden_layers": 2,
-            "max_position_embeddings": CONTEXT,
-            "initializer_range": 0.15,
-            "bos_token_id": None,
-            "eos_token_id": None,
-            "pad_token_id": None,
+            **SIZES,
             "vocab_size": vocabulary,
             "num_attention_heads": heads,
             "num_key_value_heads": kv_heads,

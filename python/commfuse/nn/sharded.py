@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 import torch
@@ -15,7 +16,7 @@ from commfuse.nn.sharding import Slice
 from commfuse.runtime.communicator import Communicator
 
 
-class ShardedModule(nn.Module):
+class ShardedModule(nn.Module, ABC):
     """A module that stands for an unsharded one, under the same names.
 
     Its ``state_dict()`` has the unsharded module's keys and this rank's parts as values, copied.
@@ -39,12 +40,13 @@ class ShardedModule(nn.Module):
         self.dtype: torch.dtype | None = None
         self.has_keys = True
 
+    @abstractmethod
     def parts(self) -> dict[str, torch.Tensor]:
         """Copies of this rank's parts, by the keys of ``slices``."""
-        raise NotImplementedError  # each kind of layer has its own, as of _take()
 
+    @abstractmethod
     def _take(self, parts: Mapping[str, torch.Tensor]) -> None:
-        raise NotImplementedError
+        """Replaces them by ``parts``."""
 
     def load_parts(self, parts: Mapping[str, torch.Tensor]) -> None:
         """Takes this rank's parts, all at once.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +15,7 @@ Inputs = dict[str, Any]  # of one rank: tensors by name
 Outputs = tuple[torch.Tensor, ...]
 
 
-class Adapter:
+class Adapter(ABC):
     """One op.
 
     Attributes:
@@ -58,9 +59,9 @@ class Adapter:
 
         return self.make(random)
 
+    @abstractmethod
     def make(self, random) -> list[Inputs]:
         """As :meth:`inputs`, from a source of random tensors ``random(*shape, scale=1.0)``."""
-        raise NotImplementedError
 
     def prepare(self, inputs: Inputs, backend: str) -> Inputs:
         """A rank's inputs as a backend takes them: what is done once, not in every call."""
@@ -68,13 +69,13 @@ class Adapter:
             return {**inputs, "w": ops.pack_weight(inputs["w"])}
         return inputs
 
+    @abstractmethod
     def call(self, inputs: Inputs, comm: Communicator, backend: str) -> Outputs:
         """Calls the op on this rank with prepared inputs."""
-        raise NotImplementedError
 
+    @abstractmethod
     def reference(self, inputs: list[Inputs]) -> Outputs:
         """What all ranks should get, in float64."""
-        raise NotImplementedError
 
     def share(self, results: Outputs, rank: int) -> Outputs:
         """What a rank should get of :meth:`reference` or :meth:`composition`: all, or its rows."""
@@ -82,9 +83,9 @@ class Adapter:
             return results
         return tuple(whole.tensor_split(self.world_size)[rank] for whole in results)
 
+    @abstractmethod
     def composition(self, inputs: list[Inputs]) -> Outputs:
         """The same by plain torch calls in the same dtype, the ranks' parts summed in order."""
-        raise NotImplementedError
 
     def message_bytes(self) -> int:
         """What each rank contributes to the communication of one call, bytes."""

@@ -6,6 +6,8 @@ and compute the reference of the whole by itself.
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 import torch.nn.functional as F
 
@@ -438,8 +440,9 @@ class _Sampled(_Vocabulary):
             self._inputs, self._truth = inputs, self.expected(inputs)
         return self._truth
 
+    @abstractmethod
     def expected(self, inputs: list[Inputs]) -> tuple[torch.Tensor | None, ...]:
-        raise NotImplementedError
+        """The op's results in float64."""
 
     def winner_bytes(self, rows: int) -> int:
         logs = "logs" in self.case.options
