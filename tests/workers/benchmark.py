@@ -6,10 +6,13 @@ import torch.distributed as dist
 from commfuse.bench import runner
 from commfuse.errors import CommfuseError
 from commfuse.runtime.communicator import Communicator
+from commfuse.runtime.link import parse_link
 from commfuse.testing.adapters import AllReduce
 from commfuse.testing.cases import Case
 
 GEMM = Case("matmul_all_reduce", (("m", 1), ("k", 64), ("n", 96)))
+# So slow that what it costs stands out on any machine, however busy: `exposed` is a number then.
+SLOW = parse_link("20000:10")
 SUM = Case("all_reduce", (("m", 2), ("n", 33)))
 
 
@@ -19,7 +22,7 @@ def _options(case: Case, *backends: str) -> runner.Options:
 
 def everything() -> tuple[list[dict], str, str]:
     """Rows of a small matmul_all_reduce; complaints about wrong and about differing results."""
-    with torch.inference_mode(), Communicator(dist.group.WORLD) as comm:
+    with torch.inference_mode(), Communicator(dist.group.WORLD, link=SLOW) as comm:
         return _rows(comm), _complaint(comm, 1.0), _complaint(comm, 2.0**-10)
 
 
