@@ -75,9 +75,10 @@ __device__ __forceinline__ void compute_barrier() {
 // holds columns 16w..16w+15 of the tile; acc[j] holds rows 8j + 2 (lane % 4) + {0, 1} of columns
 // lane / 4 and lane / 4 + 8.
 template <int kRows, class Epilogue>
-__device__ __forceinline__ void finish_segment(float (&acc)[kRows / 8][4], const Segment& segment,
-                                               const MatmulShape& shape, float* tile,
-                                               uint32_t* flag, const Epilogue& epilogue,
+__device__ __forceinline__ void finish_segment(float (&acc)[kRows / 8][4],
+                                               const TileSegment& segment, const MatmulShape& shape,
+                                               float* tile, uint32_t* flag,
+                                               const Epilogue& epilogue,
                                                typename Epilogue::State& state) {
   const int thread = threadIdx.x;
   if (segment.part >= 0) {
@@ -331,7 +332,7 @@ __global__ void __launch_bounds__(kHopperThreads, 2)
   const int dealt = plan.claimed ? plan.rounds : plan.parts_per_block + plan.rounds;
   const bool producer = threadIdx.x == kComputeThreads;
 
-  const auto load_weights = [&](const Segment& segment, int chunk, int stage) {
+  const auto load_weights = [&](const TileSegment& segment, int chunk, int stage) {
     barrier_expect(full + 8 * stage, Stage::kBytes);
 #pragma unroll
     for (int sub = 0; sub < kSubs; ++sub) {
@@ -359,7 +360,7 @@ __global__ void __launch_bounds__(kHopperThreads, 2)
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("fence.proxy.async;" ::: "memory");
-    Segment segment;
+    TileSegment segment;
     for (int i = 0; i < dealt && shape.weights_early; ++i) {
       if (!segment_at(plan, blockIdx.x, i, &segment)) continue;
       for (int c = segment.begin; c < segment.end && early < shape.stages; ++c) {
@@ -377,7 +378,7 @@ __global__ void __launch_bounds__(kHopperThreads, 2)
     // ended, and the next one's claims wait for this one's end as these have waited.
     RingPosition at;
     int count = 0, claim = 0;
-    Segment segment;
+    TileSegment segment;
     for (int i = 0; i < dealt || plan.claimed; ++i) {
       const int own = claim;
       if (i >= dealt) {
@@ -414,7 +415,7 @@ __global__ void __launch_bounds__(kHopperThreads, 2)
     };
     typename Epilogue::State state = epilogue.begin();
     RingPosition at;
-    Segment segment;
+    TileSegment segment;
     for (int i = 0; i < dealt || plan.claimed; ++i) {
       if (i >= dealt) {
         barrier_wait(full + 8 * at.stage, at.parity);
@@ -516,7 +517,7 @@ __global__ void __launch_bounds__(kComputeThreads)
   wait_for_predecessor();
   typename Epilogue::State state = epilogue.begin();
 
-  const auto load = [&](const Segment& segment, int sub_chunk, int stage) {
+  const auto load = [&](const TileSegment& segment, int sub_chunk, int stage) {
     for (int i = thread; i < kStageRows * 8; i += kComputeThreads) {
       const int row = i / 8, piece = i % 8;
       const int k = sub_chunk * kSubChunk + piece * 8;
@@ -541,7 +542,7 @@ __global__ void __launch_bounds__(kComputeThreads)
 
   // The loads run kPlainStages - 1 stages ahead of the sums, over the ends of segments too.
   int next_i = -1, next = 0, next_end = 0, next_stage = 0;
-  Segment next_segment;
+  TileSegment next_segment;
   const auto load_next = [&]() {
     while (next >= next_end && next_i < segments) {
       if (++next_i < segments && segment_at(shape.plan, blockIdx.x, next_i, &next_segment)) {
@@ -558,7 +559,7 @@ __global__ void __launch_bounds__(kComputeThreads)
   for (int s = 0; s < kPlainStages - 1; ++s) load_next();
 
   int stage = 0;
-  Segment segment;
+  TileSegment segment;
   for (int i = 0; i < segments; ++i) {
     if (!segment_at(shape.plan, blockIdx.x, i, &segment)) continue;
     float acc[kRows / 8][4];

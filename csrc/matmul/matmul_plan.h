@@ -42,7 +42,7 @@ struct MatmulPlan {
 };
 
 // A tile, or a part of one: chunks [begin, end) of its k.
-struct Segment {
+struct TileSegment {
   int tile;
   int part;  // -1: the whole tile
   int begin, end;
@@ -60,7 +60,7 @@ COMMFUSE_HOST_DEVICE inline int first_of_rest(const MatmulPlan& plan) {
 // The index-th part of the rest. Parts that are dealt go round the tiles, so that a block's
 // neighbours read other tiles; parts that are claimed finish one tile after the other, so that only
 // the last are put together when all else has been done.
-COMMFUSE_HOST_DEVICE inline Segment part_of_rest(const MatmulPlan& plan, int index) {
+COMMFUSE_HOST_DEVICE inline TileSegment part_of_rest(const MatmulPlan& plan, int index) {
   const int part = plan.claimed ? index % plan.splits : index / plan.rest;
   const int tile = plan.claimed ? index / plan.splits : index % plan.rest;
   const auto border = [&](int p) {
@@ -71,7 +71,8 @@ COMMFUSE_HOST_DEVICE inline Segment part_of_rest(const MatmulPlan& plan, int ind
 
 // The i-th segment that a block is dealt, i < rounds + parts_per_block; false: it has none at i.
 // Parts that are claimed on one GPU are dealt on another, behind the whole tiles.
-COMMFUSE_HOST_DEVICE inline bool segment_at(const MatmulPlan& plan, int block, int i, Segment* s) {
+COMMFUSE_HOST_DEVICE inline bool segment_at(const MatmulPlan& plan, int block, int i,
+                                            TileSegment* s) {
   const int round = plan.claimed ? i : i - plan.parts_per_block;
   if (round >= 0 && round < plan.rounds) {
     const int first = plan.claimed ? 0 : plan.rest;

@@ -2,7 +2,7 @@
 
 import pytest
 
-from commfuse.bench.tune import fused_rows, thresholds
+from commfuse.bench.tune import claimed_percent, fused_rows, thresholds
 from commfuse.cli.tune import tune
 from commfuse.errors import UsageError
 
@@ -43,6 +43,19 @@ def test_rows_are_fused_where_that_is_faster():
     ):
         measured = dict(zip(unfused, map(float, fused), strict=True))
         assert fused_rows({"fused": measured, "unfused": unfused}) == span
+
+
+def test_as_many_tiles_are_claimed_as_all_layers_together_gain_from():
+    layers = [(8192, 1), (8192, 64), (28672, 1)]
+    for measured, chosen in (
+        ({0: (50, 60, 190), 20: (48, 61, 170), 40: (49, 66, 171)}, 20),
+        ({0: (50, 60, 190), 20: (49, 62, 190), 40: (50, 60, 191)}, 0),
+        ({40: (50, 60, 190), 20: (50, 60, 190)}, 20),
+        # By ratio: a large layer does not outweigh the small ones.
+        ({0: (50, 50, 200), 20: (55, 55, 185)}, 0),
+    ):
+        times = {p: dict(zip(layers, map(float, us), strict=True)) for p, us in measured.items()}
+        assert claimed_percent(times) == chosen
 
 
 @pytest.mark.parametrize(

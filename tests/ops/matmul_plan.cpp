@@ -5,7 +5,7 @@ using namespace commfuse::gpu;
 
 namespace {
 
-void put(const Segment& s, int* out) {
+void put(const TileSegment& s, int* out) {
   out[0] = s.tile;
   out[1] = s.part;
   out[2] = s.begin;
@@ -27,7 +27,7 @@ void make_plan(int64_t n, int64_t k, int max_blocks, int claimed_percent, int* o
 }
 
 bool dealt(int block, int i, int* out) {
-  Segment s;
+  TileSegment s;
   if (!segment_at(current, block, i, &s)) return false;
   put(s, out);
   return true;
