@@ -21,7 +21,7 @@ START := $(shell date +%s)
 SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
-CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc')
+CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc')
 # Folders are listed too: their time changes when a file in them is deleted.
 BUILD_INPUTS := $(shell find csrc) $(wildcard triton_kernels/__init__.py bench/__init__.py)
 GPU_PATH := $(CURDIR)/build/gpu-path
