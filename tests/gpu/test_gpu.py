@@ -37,7 +37,7 @@ def results(request, lab):
     # Triton compiles a kernel for a second or more, and another one for every dtype and number of
     # ranks: the collectives have one dtype each time.
     dtype = {3: "float32", 4: "float16"}.get(request.param, "bfloat16")
-    return run_ranks(f"{WORKER}:results", request.param, ([dtype],), timeout=150, lab=lab)
+    return run_ranks(f"{WORKER}:results", request.param, ([dtype],), timeout=240, lab=lab)
 
 
 @pytest.mark.parametrize("check", named(RESULTS))
@@ -46,16 +46,12 @@ def test_results(results, check):
     assert not found, "\n".join(f"rank {rank}: {text}" for rank in found for text in found[rank])
 
 
-@pytest.fixture(scope="module")
-def registration(lab):
-    return run_ranks(f"{WORKER}:registration", 2, timeout=150, lab=lab)
-
-
+@pytest.mark.parametrize("results", [2], indirect=True)
 @pytest.mark.parametrize(
     "check", named({"opcheck": "opcheck", "compiled": "torch.compile of a block"})
 )
-def test_registration(registration, check):
-    assert [rank[check] for rank in registration] == [[], []]
+def test_registration(results, check):
+    assert [rank[check] for rank in results] == [[], []]
 
 
 @pytest.fixture(scope="module", params=[2, 3])
