@@ -27,8 +27,8 @@ from commfuse.bench.table import print_summary, read_rows
 from commfuse.errors import UsageError
 from commfuse.runtime.launch import own_command
 
-# Seconds that a part may take, by op, for one number of ranks: about twice what it took on an H100.
-# The first ones count most.
+# Seconds that a part may take, by op, for one number of ranks, the start of its ranks included. The
+# first ones count most.
 MAIN = {"matmul_all_reduce": 60, "all_reduce": 30, "all_reduce_rms_norm": 20, "verify_chain": 40}
 OTHERS = {
     "matmul": 30,
