@@ -11,7 +11,7 @@ import pytest
 from commfuse.testing import run_ranks
 
 pytestmark = pytest.mark.gpu
-WORKER = str(Path(__file__).parents[1] / "workers" / "gpu.py")
+WORKERS = Path(__file__).parents[1] / "workers"
 WORLD_SIZES = (2, 3, 4, 8)
 RESULTS = {
     "corridor": "shared cases err at most twice as much as torch",
@@ -37,7 +37,9 @@ def results(request, lab):
     # Triton compiles a kernel for a second or more, and another one for every dtype and number of
     # ranks: the collectives have one dtype each time.
     dtype = {3: "float32", 4: "float16"}.get(request.param, "bfloat16")
-    return run_ranks(f"{WORKER}:results", request.param, ([dtype],), timeout=240, lab=lab)
+    return run_ranks(
+        f"{WORKERS}/gpu_results.py:results", request.param, ([dtype],), timeout=240, lab=lab
+    )
 
 
 @pytest.mark.parametrize("check", named(RESULTS))
@@ -56,7 +58,7 @@ def test_registration(results, check):
 
 @pytest.fixture(scope="module", params=[2, 3])
 def failures(request, lab):
-    return run_ranks(f"{WORKER}:failures", request.param, timeout=120, lab=lab)
+    return run_ranks(f"{WORKERS}/gpu_failures.py:failures", request.param, timeout=120, lab=lab)
 
 
 def final(rank: dict) -> bool:
@@ -119,5 +121,6 @@ def test_a_second_stream_is_refused_and_harms_nothing(failures):
 @pytest.mark.long
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_a_million_small_all_reduces(lab, world_size):
-    args = (1_000_000,)
-    assert run_ranks(f"{WORKER}:soak", world_size, args, timeout=240, lab=lab) == [[]] * world_size
+    soak = f"{WORKERS}/gpu_order.py:soak"
+    found = run_ranks(soak, world_size, (1_000_000,), timeout=240, lab=lab)
+    assert found == [[]] * world_size
