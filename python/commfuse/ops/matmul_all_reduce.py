@@ -117,6 +117,7 @@ def matmul_all_reduce(
         x: [rows, k of this rank], contiguous; bfloat16, float16 or float32. Ranks may differ in k.
         w: this rank's columns of the weight, [n, k]: a tensor on a GPU; on the CPU a
             :class:`~commfuse.ops.PackedWeight` (a tensor: torch's GEMM, then torch.distributed).
+            On a GPU it may be read early, as :func:`~commfuse.ops.matmul` says.
         comm: every rank must call.
         bias: [n], the whole bias, equal on all ranks; added once.
         residual: [rows, n], equal on all ranks.

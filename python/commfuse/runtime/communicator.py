@@ -228,6 +228,7 @@ class Communicator:
         self.table, self.table_source = everybody[0][1]
         self._native.set_all_reduce_thresholds(self.table.one_shot_bytes, self.table.lines_bytes)
         self._native.set_fused_rows(self.table.fused_from_rows, self.table.fused_to_rows)
+        self._native.set_claimed_percent(self.table.claimed_percent)
         self._payload_bytes = slot_bytes
         if workspace_bytes:
             self._workspace = symmetric.SymmetricBuffer(self.group, workspace_bytes, self.device)

@@ -9,7 +9,7 @@ from commfuse.errors import UsageError
 from commfuse.testing.cases import MORE, QUICK, Case
 
 HIDDEN = 8192  # of a model of 70 billion parameters
-_K_TOTALS = (8192, 28672)  # its attention output and its down projection
+K_TOTALS = (8192, 28672)  # its attention output and its down projection
 _COLUMNS = 4096  # of a message
 _KIB = (8, 32, 64, 256, 1024, 8192, 65536)  # of a two-byte type
 _VOCABULARY = 128256  # of Llama 3
@@ -27,7 +27,7 @@ def _row_parallel(
             options,
             kind,
         )
-        for total in _K_TOTALS
+        for total in K_TOTALS
         for m in rows
     ]
 
