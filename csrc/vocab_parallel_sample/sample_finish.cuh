@@ -1,0 +1,215 @@
+// Finishing a request: the best candidate of each row, of all ranks; accepted drafts; the outputs.
+#pragma once
+
+#include "vocab_parallel_sample/sample_rounds.cuh"
+
+namespace commfuse::gpu {
+
+constexpr int kGroup = 4;           // lanes that share a row when a request is finished
+constexpr int64_t kUnitsOfRow = 5;  // key (2) and id; logit and log of the normaliser
+
+// A warp: adds n candidates of a request; whether they were the last.
+__device__ inline bool arrive(const Work& work, int request, int n) {
+  int expected = 0;
+  for (int row = work.shared.plain_begin[request] + work.lane;
+       row < work.shared.plain_begin[request + 1]; row += 32) {
+    expected += work.blocks_of(row);
+  }
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) {
+    expected += __shfl_xor_sync(kAllLanes, expected, distance);
+  }
+  expected += work.rows(request) - work.plain_rows(request);
+  int before = 0;
+  if (work.lane == 0) {
+    auto* ticket =
+        reinterpret_cast<uint32_t*>(work.workspace.base[work.workspace.rank] + kTickets) + request;
+    // Releases this block's candidates, which a barrier has put before it, and acquires those of
+    // the blocks that came earlier.
+    before = static_cast<int>(add_acquire_release(ticket, static_cast<uint32_t>(n)));
+    if (before + n == expected) *ticket = 0;  // for the next call
+  }
+  before = __shfl_sync(kAllLanes, before, 0);
+  return before + n == expected;
+}
+
+__device__ inline Candidate load_candidate(const Candidate* from) {
+  Candidate candidate;
+  candidate.key = __ldcg(&from->key);
+  candidate.id = __ldcg(&from->id);
+  candidate.logit = __ldcg(&from->logit);
+  candidate.largest = __ldcg(&from->largest);
+  candidate.sum = __ldcg(&from->sum);
+  return candidate;
+}
+__device__ inline void keep_better(Candidate& mine, const Candidate& other) {
+  if (replaces(other.key, other.id, mine.key, mine.id)) {
+    mine.key = other.key;
+    mine.id = other.id;
+    mine.logit = other.logit;
+  }
+}
+__device__ inline void add_normaliser(Candidate& mine, const Candidate& other) {
+  Best sum = {kNoKey, kNobody, mine.largest, mine.sum};
+  sum.add(other.largest, other.sum);
+  mine.largest = sum.largest;
+  mine.sum = sum.sum;
+}
+// Over the lanes that share a row; with both, every lane has the same bits.
+__device__ inline void reduce_group(Candidate& mine) {
+#pragma unroll
+  for (int distance = kGroup / 2; distance > 0; distance /= 2) {
+    Candidate other;
+    other.key = __shfl_xor_sync(kAllLanes, mine.key, distance);
+    other.id = __shfl_xor_sync(kAllLanes, mine.id, distance);
+    other.logit = __shfl_xor_sync(kAllLanes, mine.logit, distance);
+    other.largest = __shfl_xor_sync(kAllLanes, mine.largest, distance);
+    other.sum = __shfl_xor_sync(kAllLanes, mine.sum, distance);
+    keep_better(mine, other);
+    add_normaliser(mine, other);
+  }
+}
+
+// The lanes of a group: the best of all ranks' for a plain row; the peers' come in turn to the
+// lanes. False: a failure.
+template <int kUnits>
+__device__ inline bool exchange_group(const Work& work, int plain_row, bool mine, Candidate& best) {
+  const int rank = work.exchange.rank(), world = work.exchange.world();
+  const int part = work.lane % kGroup;
+  const uint32_t flag = work.exchange.flag();
+  const uint2 key = pack_of(best.key);
+  const float normaliser =
+      kUnits > 3 ? best.largest + logf(best.sum) : 0.0f;  // -inf where the sum is 0
+  const uint32_t data[5] = {key.x, key.y, static_cast<uint32_t>(best.id),
+                            __float_as_uint(best.logit), __float_as_uint(normaliser)};
+  const int64_t place = kPlainOffset + int64_t{plain_row} * kUnits * 8;
+  constexpr int kSources = kMaxRanks / kGroup;
+  char* address[kUnits * kSources];
+#pragma unroll
+  for (int i = 0; i < kSources; ++i) {
+    const int peer = part + i * kGroup;
+    const bool there = mine && peer < world && peer != rank;
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) {
+      if (there) put_unit(work.exchange.lines(peer, rank) + place + u * 8, data[u], flag);
+      address[i * kUnits + u] = there ? work.exchange.lines(rank, peer) + place + u * 8 : nullptr;
+    }
+  }
+  uint32_t units[kUnits * kSources];
+  const bool good = take_units<kUnits * kSources>(
+      work.exchange, 0, address, [&](int i) { return part + i / kUnits * kGroup; }, units);
+  Candidate merged = {kNoKey, kNobody, -infinity(), -infinity(), 0};
+#pragma unroll
+  for (int i = 0; i < kSources; ++i) {
+    const int source = part + i * kGroup;
+    if (!mine || source >= world) continue;
+    Candidate other;
+    const uint32_t* from = source == rank ? data : units + i * kUnits;
+    other.key = __longlong_as_double(word_of({from[0], from[1]}));
+    other.id = static_cast<int32_t>(from[2]);
+    other.logit = other.largest = -infinity();
+    other.sum = 0;
+    if constexpr (kUnits > 3) {
+      other.logit = __uint_as_float(from[3]);
+      other.largest = __uint_as_float(from[4]);
+      other.sum = other.largest == -infinity() ? 0.0f : 1.0f;
+    }
+    keep_better(merged, other);
+    add_normaliser(merged, other);
+  }
+  reduce_group(merged);
+  best = merged;
+  return __all_sync(kAllLanes, good);
+}
+
+// A warp: the tokens of a request whose candidates are all there. Groups of lanes take a row
+// each.
+template <int kWorld>
+__device__ __noinline__ inline bool finish(const Work& work, int request) {
+  constexpr int kRows = 32 / kGroup;
+  const int64_t global = work.draws.begin + request;
+  const int count = work.rows(request), others = count - work.plain_rows(request);
+  const int group = work.lane / kGroup, part = work.lane % kGroup;
+  const int64_t out = global * (work.draws.longest + 1);
+  bool going = true, good = true;
+  for (int base = 0; base < count; base += kRows) {
+    const int row = base + group;
+    const bool valid = row < count, plain = valid && row >= others;
+    const int plain_row = work.shared.plain_begin[request] + row - others;
+    Candidate best = {kNoKey, kNobody, -infinity(), -infinity(), 0};
+    if (plain) {
+      const int first = work.dealing.owner(plain_row * work.per_row);
+      const int blocks = work.blocks_of(plain_row);
+#pragma unroll 4
+      for (int i = part; i < blocks; i += kGroup) {
+        const Candidate other = load_candidate(work.draws.candidates + plain_row + first + i);
+        keep_better(best, other);
+        add_normaliser(best, other);
+      }
+    }
+    reduce_group(best);
+    if constexpr (kWorld > 1) {
+      good &= work.draws.log_probabilities ? exchange_group<5>(work, plain_row, plain, best)
+                                           : exchange_group<3>(work, plain_row, plain, best);
+    }
+    if (valid && !plain) {
+      best = load_candidate(work.draws.candidates + work.plain + gridDim.x +
+                            work.other_begin(request) + row);
+    }
+    const bool found = valid && is_finite(best.key);
+    if (valid && !found && part == 0 && good) {
+      work.report(global, row,
+                  best.key != best.key ? RowProblem::nan
+                  : best.key > 0       ? RowProblem::infinite
+                                       : RowProblem::nothing);
+    }
+    const int64_t token = found ? best.id : -1;
+    const bool right = found && row < count - 1 && work.draws.draft_lengths &&
+                       token == work.draws.drafts[global * work.draws.longest + row];
+    constexpr unsigned kFirstLanes = 0x11111111u;
+    static_assert(kGroup == 4);
+    const unsigned wrong = ~__ballot_sync(kAllLanes, right) & kFirstLanes;
+    const int last = wrong ? (__ffs(wrong) - 1) / kGroup : kRows;  // the first that is not a draft
+    if (valid && part == 0) {
+      const bool kept = going && group <= last;
+      work.draws.tokens[out + row] = kept ? token : -1;
+      if (work.draws.log_probabilities) {
+        work.draws.log_probabilities[out + row] =
+            kept && found
+                ? static_cast<float>(double{best.logit} - best.largest - std::log(double{best.sum}))
+                : 0.0f;
+      }
+      if (going && group == last && work.draws.accepted) work.draws.accepted[global] = row;
+    }
+    going &= wrong == 0;
+  }
+  for (int64_t row = count + work.lane; row <= work.draws.longest; row += 32) {
+    work.draws.tokens[out + row] = -1;
+    if (work.draws.log_probabilities) work.draws.log_probabilities[out + row] = 0;
+  }
+  return good;
+}
+
+// Warp by warp: counts this block's candidates; whoever adds a request's last one finishes it.
+template <int kWorld>
+__device__ inline bool finish_requests(const Work& work) {
+  bool good = true;
+  if (work.begin < work.end) {
+    const int first_row = work.begin / work.per_row, last_row = (work.end - 1) / work.per_row;
+    const int first = work.request_of_plain(first_row), last = work.request_of_plain(last_row);
+    for (int request = first + work.warp; request <= last; request += kSampleWarps) {
+      const int from = max(first_row, work.shared.plain_begin[request]);
+      const int to = min(last_row + 1, work.shared.plain_begin[request + 1]);
+      if (from < to && arrive(work, request, to - from)) good &= finish<kWorld>(work, request);
+    }
+  }
+  int turn = 0;
+  for (int other = blockIdx.x; other < work.others; other += gridDim.x, ++turn) {
+    if (turn % kSampleWarps != work.warp) continue;
+    const int request = work.request_of_other(other);
+    if (arrive(work, request, 1)) good &= finish<kWorld>(work, request);
+  }
+  return good;
+}
+
+}  // namespace commfuse::gpu
