@@ -132,7 +132,7 @@ __device__ __noinline__ inline bool finish(const Work& work, int request) {
   const int group = work.lane / kGroup, part = work.lane % kGroup;
   const int64_t out = global * (work.draws.longest + 1);
   bool going = true, good = true;
-  for (int base = 0; base < count; base += kRows) {
+  for (int base = 0; good && base < count; base += kRows) {
     const int row = base + group;
     const bool valid = row < count, plain = valid && row >= others;
     const int plain_row = work.shared.plain_begin[request] + row - others;
@@ -149,8 +149,8 @@ __device__ __noinline__ inline bool finish(const Work& work, int request) {
     }
     reduce_group(best);
     if constexpr (kWorld > 1) {
-      good &= work.draws.log_probabilities ? exchange_group<5>(work, plain_row, plain, best)
-                                           : exchange_group<3>(work, plain_row, plain, best);
+      good = work.draws.log_probabilities ? exchange_group<5>(work, plain_row, plain, best)
+                                          : exchange_group<3>(work, plain_row, plain, best);
     }
     if (valid && !plain) {
       best = load_candidate(work.draws.candidates + work.plain + gridDim.x +
@@ -190,24 +190,36 @@ __device__ __noinline__ inline bool finish(const Work& work, int request) {
   return good;
 }
 
-// Warp by warp: counts this block's candidates; whoever adds a request's last one finishes it.
+// The block: counts its candidates, then finishes the requests whose last ones they were. All are
+// counted before a peer is waited for, and a warp finishes its requests in ascending order. Were a
+// candidate counted behind a wait, two ranks could wait for each other: each for a request whose
+// last candidate the other counts behind the one that it waits for.
 template <int kWorld>
 __device__ inline bool finish_requests(const Work& work) {
-  bool good = true;
+  const auto count = [&](int request, int n) {
+    if (arrive(work, request, n) && work.lane == 0) {
+      atomicOr(&work.shared.finishing[request / 32], 1u << request % 32);
+    }
+  };
   if (work.begin < work.end) {
     const int first_row = work.begin / work.per_row, last_row = (work.end - 1) / work.per_row;
     const int first = work.request_of_plain(first_row), last = work.request_of_plain(last_row);
     for (int request = first + work.warp; request <= last; request += kSampleWarps) {
       const int from = max(first_row, work.shared.plain_begin[request]);
       const int to = min(last_row + 1, work.shared.plain_begin[request + 1]);
-      if (from < to && arrive(work, request, to - from)) good &= finish<kWorld>(work, request);
+      if (from < to) count(request, to - from);
     }
   }
   int turn = 0;
   for (int other = blockIdx.x; other < work.others; other += gridDim.x, ++turn) {
-    if (turn % kSampleWarps != work.warp) continue;
-    const int request = work.request_of_other(other);
-    if (arrive(work, request, 1)) good &= finish<kWorld>(work, request);
+    if (turn % kSampleWarps == work.warp) count(work.request_of_other(other), 1);
+  }
+  // Also lets every warp read the candidates that lane 0 of another has acquired.
+  __syncthreads();
+  bool good = true;
+  for (int request = work.warp; good && request < work.draws.count; request += kSampleWarps) {
+    const bool last = work.shared.finishing[request / 32] >> request % 32 & 1;
+    if (last) good = finish<kWorld>(work, request);
   }
   return good;
 }

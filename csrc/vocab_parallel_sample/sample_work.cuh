@@ -15,7 +15,8 @@ struct Shared {
   int32_t row_begin[kMaxRequests + 1];
   int32_t plain_begin[kMaxRequests + 1];
   unsigned long long warp_totals[kSampleWarps];
-  int32_t rows_before;  // of the requests before this launch's
+  int32_t rows_before;                    // of the requests before this launch's
+  uint32_t finishing[kMaxRequests / 32];  // requests whose last candidate this block has counted
   Best best[kSegments][kSampleWarps];
   // Of another row.
   unsigned long long histogram[kBins];
@@ -118,6 +119,7 @@ struct Work {
       }
     }
     if (threadIdx.x == 0) shared.rows_before = 0;
+    if (threadIdx.x < kMaxRequests / 32) shared.finishing[threadIdx.x] = 0;
     unsigned long long sum = mine;
 #pragma unroll
     for (int distance = 1; distance < 32; distance *= 2) {
