@@ -5,8 +5,9 @@
 
 namespace commfuse::gpu {
 
-constexpr int kGroup = 4;           // lanes that share a row when a request is finished
-constexpr int64_t kUnitsOfRow = 5;  // key (2) and id; logit and log of the normaliser
+constexpr int kGroup = 4;  // lanes that share a row when a request is finished
+// That a rank sends of a plain row: without log-probabilities and with them.
+constexpr int kUnitsWithoutLogs = 2, kUnitsWithLogs = 4;
 
 // A warp: adds n candidates of a request; whether they were the last.
 __device__ inline bool arrive(const Work& work, int request, int n) {
@@ -70,18 +71,45 @@ __device__ inline void reduce_group(Candidate& mine) {
   }
 }
 
+// What a rank says of a plain row, in units of 6 bytes: key and id, and where log-probabilities are
+// wanted the token's logit and the log of the normaliser.
+template <int kUnits>
+struct RowMessage {
+  uint64_t unit[kUnits];
+
+  __device__ __forceinline__ static RowMessage of(const Candidate& best) {
+    const auto key = static_cast<uint64_t>(__double_as_longlong(best.key));
+    RowMessage message;
+    message.unit[0] = key & ((uint64_t{1} << kUnitBits) - 1);
+    message.unit[1] = key >> kUnitBits | uint64_t{static_cast<uint32_t>(best.id)} << 16;
+    if constexpr (kUnits == kUnitsWithLogs) {
+      // -inf where the sum is 0.
+      const uint32_t normaliser = __float_as_uint(best.largest + logf(best.sum));
+      message.unit[2] = uint64_t{normaliser & 0xffffu} << 32 | __float_as_uint(best.logit);
+      message.unit[3] = normaliser >> 16;
+    }
+    return message;
+  }
+  __device__ __forceinline__ Candidate candidate() const {
+    const uint64_t key = unit[1] << kUnitBits | unit[0];
+    Candidate candidate = {__longlong_as_double(static_cast<long long>(key)),
+                           static_cast<int32_t>(unit[1] >> 16), -infinity(), -infinity(), 0};
+    if constexpr (kUnits == kUnitsWithLogs) {
+      candidate.logit = __uint_as_float(static_cast<uint32_t>(unit[2]));
+      candidate.largest = __uint_as_float(static_cast<uint32_t>(unit[3] << 16 | unit[2] >> 32));
+      candidate.sum = candidate.largest == -infinity() ? 0.0f : 1.0f;
+    }
+    return candidate;
+  }
+};
+
 // The lanes of a group: the best of all ranks' for a plain row; the peers' come in turn to the
 // lanes. False: a failure.
 template <int kUnits>
 __device__ inline bool exchange_group(const Work& work, int plain_row, bool mine, Candidate& best) {
   const int rank = work.exchange.rank(), world = work.exchange.world();
   const int part = work.lane % kGroup;
-  const uint32_t flag = work.exchange.flag();
-  const uint2 key = pack_of(best.key);
-  const float normaliser =
-      kUnits > 3 ? best.largest + logf(best.sum) : 0.0f;  // -inf where the sum is 0
-  const uint32_t data[5] = {key.x, key.y, static_cast<uint32_t>(best.id),
-                            __float_as_uint(best.logit), __float_as_uint(normaliser)};
+  const auto own = RowMessage<kUnits>::of(best);
   const int64_t place = kPlainOffset + int64_t{plain_row} * kUnits * 8;
   constexpr int kSources = kMaxRanks / kGroup;
   char* address[kUnits * kSources];
@@ -91,11 +119,14 @@ __device__ inline bool exchange_group(const Work& work, int plain_row, bool mine
     const bool there = mine && peer < world && peer != rank;
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
-      if (there) put_unit(work.exchange.lines(peer, rank) + place + u * 8, data[u], flag);
+      if (there) {
+        put_unit(work.exchange.lines(peer, rank) + place + u * 8, own.unit[u],
+                 work.exchange.short_flag());
+      }
       address[i * kUnits + u] = there ? work.exchange.lines(rank, peer) + place + u * 8 : nullptr;
     }
   }
-  uint32_t units[kUnits * kSources];
+  uint64_t units[kUnits * kSources];
   const bool good = take_units<kUnits * kSources>(
       work.exchange, 0, address, [&](int i) { return part + i / kUnits * kGroup; }, units);
   Candidate merged = {kNoKey, kNobody, -infinity(), -infinity(), 0};
@@ -103,17 +134,9 @@ __device__ inline bool exchange_group(const Work& work, int plain_row, bool mine
   for (int i = 0; i < kSources; ++i) {
     const int source = part + i * kGroup;
     if (!mine || source >= world) continue;
-    Candidate other;
-    const uint32_t* from = source == rank ? data : units + i * kUnits;
-    other.key = __longlong_as_double(word_of({from[0], from[1]}));
-    other.id = static_cast<int32_t>(from[2]);
-    other.logit = other.largest = -infinity();
-    other.sum = 0;
-    if constexpr (kUnits > 3) {
-      other.logit = __uint_as_float(from[3]);
-      other.largest = __uint_as_float(from[4]);
-      other.sum = other.largest == -infinity() ? 0.0f : 1.0f;
-    }
+    RowMessage<kUnits> message = own;
+    if (source != rank) memcpy(message.unit, units + i * kUnits, sizeof(message.unit));
+    const Candidate other = message.candidate();
     keep_better(merged, other);
     add_normaliser(merged, other);
   }
@@ -149,8 +172,9 @@ __device__ __noinline__ inline bool finish(const Work& work, int request) {
     }
     reduce_group(best);
     if constexpr (kWorld > 1) {
-      good = work.draws.log_probabilities ? exchange_group<5>(work, plain_row, plain, best)
-                                          : exchange_group<3>(work, plain_row, plain, best);
+      good = work.draws.log_probabilities
+                 ? exchange_group<kUnitsWithLogs>(work, plain_row, plain, best)
+                 : exchange_group<kUnitsWithoutLogs>(work, plain_row, plain, best);
     }
     if (valid && !plain) {
       best = load_candidate(work.draws.candidates + work.plain + gridDim.x +

@@ -50,7 +50,7 @@ void draw_all(GpuCall& call, const Descriptor& descriptor, const at::Tensor& log
   draws.candidates = reinterpret_cast<Candidate*>(scratch.mutable_data_ptr());
   draws.report = call.gpu().row_report();
   draws.op = descriptor.op;
-  const int64_t units = draws.log_probabilities ? 5 : 3;
+  const int64_t units = draws.log_probabilities ? 4 : 2;
   draws.begin = 0;
   do {
     draws.count = std::min(most, draws.batch - draws.begin);
