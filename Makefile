@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH ?=
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 ARGS ?=
-OPS ?= all_reduce matmul_all_reduce reduce_scatter all_gather verify_chain vocab_parallel_sample
+OPS ?= all_reduce matmul_all_reduce reduce_scatter all_gather verify
 
 # The machine's own Python and compiler: a GPU machine may have no network to make .venv from, and
 # a g++ of another toolkit on PATH may link the C++ library statically, which setup.py refuses.
@@ -13,8 +13,7 @@ GPU_PYTHON ?= python3
 GPU_CC ?= /usr/bin/gcc
 GPU_CXX ?= /usr/bin/g++
 GPU_RANKS ?= 2,4,8
-GPU_OPS ?= all_reduce all_reduce_rms_norm matmul_all_reduce reduce_scatter all_gather verify_chain \
-  vocab_parallel_sample vocab_parallel_argmax
+GPU_OPS ?= all_reduce all_reduce_rms_norm matmul_all_reduce reduce_scatter all_gather verify
 GPU_SECONDS ?= 300
 OUT ?= build/gpu-rows
 
