@@ -617,7 +617,7 @@ def raised(call) -> Raised:
     return "", "", time.monotonic() - begin
 
 
-def _failing(comm, call) -> dict[str, Raised]:
+def failing(comm, call) -> dict[str, Raised]:
     """A call that fails, and what comes after it; kernels fail behind the call that starts them."""
     one = torch.ones(2, device=str(comm.device))
 
@@ -670,14 +670,14 @@ def failures() -> dict[str, dict]:
                 ops.all_reduce(one, comm)
                 comm.check()
                 call = other if comm.rank == comm.world_size - 1 else ours
-                found[name] = _failing(comm, lambda comm=comm, call=call: call(comm))
+                found[name] = failing(comm, lambda comm=comm, call=call: call(comm))
         found["alive after mismatches"] = alive(device)
         with communicator(timeout=2.0) as comm:
             ops.all_reduce(one, comm)
             comm.check()
             if comm.rank == comm.world_size - 1:
                 time.sleep(4.0)
-            found["absent"] = _failing(comm, lambda: ops.all_reduce(x, comm))
+            found["absent"] = failing(comm, lambda: ops.all_reduce(x, comm))
         found["alive after time-out"] = alive(device)
         found["second stream"] = second_stream()
     return found
