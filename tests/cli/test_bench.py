@@ -125,6 +125,17 @@ class TestOps:
         rows = _run_here(capsys, "all_gather", *arguments).out.splitlines()
         assert [json.loads(row)["backend"] for row in rows[:2]] == ["auto", "cpu"]
 
+    def test_a_set_of_ops_leaves_out_aloud_what_cannot_run(self, capsys):
+        arguments = ["--ranks", "1", "--json", "--iterations", "1", "--only", "m=1 +logs"]
+        arguments += ["--backends", "cpu,triton,gather+torch"]
+        said = _run_here(capsys, "verify", *arguments)
+        rows = [json.loads(row) for row in said.out.splitlines()]
+        assert {(row["op"], row["backend"]) for row in rows} == {
+            ("vocab_parallel_sample", backend) for backend in ("cpu", "gather+torch")
+        }
+        assert {tuple(row["shape"]) for row in rows} == {("m", "vocabulary", "sampled", "logs")}
+        assert said.err == "vocab_parallel_sample: triton left out: needs two ranks or more\n"
+
     def test_without_a_gpu_cuda_is_refused(self, monkeypatch, capsys):
         monkeypatch.setattr("commfuse.testing.gpu_lab.gpu_count", lambda: 0)
         said = _run_here(capsys, "all_reduce", "--device", "cuda", status=2)
@@ -236,6 +247,12 @@ BAD = {
     ],
     "--device cuda: bench generate runs on the CPU": ["generate", "--device", "cuda"],
     "--cases some: use quick or all": ["all_reduce", "--cases", "some"],
+    "--only: no case of all_gather has all of the words 'batch=3'": [
+        *("all_gather", "--only", "batch=3"),
+    ],
+    "--only: for the cases of an op, not for generate": ["generate", "--only", "m=1"],
+    "--launch eager: graphs are of GPUs": ["all_reduce", "--launch", "eager"],
+    "--launch now: use graph or eager": ["all_reduce", "--launch", "now"],
     "--iterations 0: at least 1": ["all_reduce", "--iterations", "0"],
     "unknown link 'warp'": ["all_reduce", "--link", "warp"],
     "backend 'triton' cannot run all_reduce here: needs two ranks": [

@@ -13,13 +13,15 @@ from commfuse.runtime.link import Link, parse_links
 DEVICES = ("cpu", "cuda")
 DTYPES = ("bfloat16", "float16", "float32")
 CASES = ("quick", "all")
+LAUNCHES = ("graph", "eager")
 
 
 def bench(
     op: Annotated[
         str,
         typer.Argument(
-            help="An op (all_reduce, matmul_all_reduce, …), send_recv, pipeline, wall or generate."
+            help="An op (all_reduce, matmul_all_reduce, …); verify, the ops that draw and verify "
+            "tokens; send_recv, pipeline, wall or generate."
         ),
     ],
     device: Annotated[str, typer.Option(help=f"{' or '.join(DEVICES)}.")] = "cpu",
@@ -38,6 +40,10 @@ def bench(
     cases: Annotated[
         str, typer.Option(help="quick, or all: more sizes; of pipeline, text too.")
     ] = "quick",
+    only: Annotated[
+        str | None,
+        typer.Option(help='Of an op, the cases with all these words, as in "batch=8 +sampled".'),
+    ] = None,
     iterations: Annotated[
         int | None,
         typer.Option(
@@ -45,6 +51,12 @@ def bench(
             "a second's worth; 20; 3)"
         ),
     ] = None,
+    launch: Annotated[
+        str,
+        typer.Option(
+            help="On a GPU: graph, from a CUDA graph, or eager, from Python, call by call."
+        ),
+    ] = "graph",
     link: Annotated[
         list[str] | None,
         typer.Option(
@@ -83,12 +95,18 @@ def bench(
         raise UsageError(f"--dtype {dtype}: use {', '.join(DTYPES)}")
     if cases not in CASES:
         raise UsageError(f"--cases {cases}: use {' or '.join(CASES)}")
+    if launch not in LAUNCHES:
+        raise UsageError(f"--launch {launch}: use {' or '.join(LAUNCHES)}")
+    if launch != "graph" and device != "cuda":
+        raise UsageError(f"--launch {launch}: graphs are of GPUs; use it with --device cuda")
     if iterations is not None and iterations < 1:
         raise UsageError(f"--iterations {iterations}: at least 1")
     links = parse_links(link or [])
     if links and device == "cuda":
         raise UsageError("--link: links are emulated between ranks on the CPU only")
     names = _split(backends)
+    if only and op in ("generate", "pipeline", "wall", "send_recv"):
+        raise UsageError(f"--only: for the cases of an op, not for {op}")
     if op == "generate":
         from commfuse.bench.generate import run_generate
 
@@ -122,26 +140,32 @@ def bench(
         _send_recv(device, counts, started, names, dtype, cases, iterations, links, as_json)
         return
 
-    from commfuse.bench.runner import Options, check_options, run_rank
+    from commfuse.bench.runner import run_rank
+    from commfuse.bench.selection import Options, check_options, ops_of
 
-    every = [
-        Options(
-            op=op,
-            world_size=count,
-            backends=names,
-            device=device,
-            dtype=dtype,
-            cases=cases,
-            iterations=iterations,
-            link=links.get("tp"),
-            as_json=as_json,
-        )
+    by_count = [
+        [
+            Options(
+                op=name,
+                world_size=count,
+                backends=names,
+                device=device,
+                dtype=dtype,
+                cases=cases,
+                only=tuple((only or "").split()),
+                iterations=iterations,
+                link=links.get("tp"),
+                launch=launch,
+                as_json=as_json,
+            )
+            for name in ops_of(op)
+        ]
         for count in counts
     ]
-    for options in every:
-        check_options(options)
+    for every in by_count:
+        check_options(every)
     if started is not None or (counts == [1] and device == "cpu"):
-        run_rank(every[0])
+        run_rank(by_count[0])
         return
     with gpu_lab(device) as lab:
         for count in counts:
