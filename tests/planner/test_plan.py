@@ -9,8 +9,9 @@ from xml.etree import ElementTree
 import pytest
 
 from commfuse.errors import UsageError
+from commfuse.models.run_plan import RunPlan, read_run_plan
 from commfuse.planner.cluster import parse_cluster
-from commfuse.planner.document import document, does_not_fit, read_run_options, schema
+from commfuse.planner.document import document, does_not_fit, run_plan, schema
 from commfuse.planner.explanation import explain
 from commfuse.planner.layout import Layout
 from commfuse.planner.memory import Precision
@@ -151,11 +152,40 @@ def test_documents_keep_to_the_schema(objective):
 
 def test_a_plan_can_be_run(tmp_path):
     path = tmp_path / "plan.json"
-    path.write_text(json.dumps(document(ask("llama-3.1-8b", "2:h100-sxm"))))
-    assert read_run_options(path)["tp"] == 2
-    path.write_text(json.dumps(does_not_fit("too large")))
-    with pytest.raises(UsageError, match="nothing fits"):
-        read_run_options(path)
+    found = ask("llama-3.1-8b", "2:h100-sxm")
+    path.write_text(json.dumps(document(found)))
+    run = read_run_plan(path)
+    assert run == run_plan(found)
+    assert (run.tp, run.pp, run.dtype_for("generate")) == (2, 1, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (does_not_fit("too large"), "nothing fits"),
+        ({"version": 2}, "not a plan of version 1"),
+        ({"version": 1, "status": "ok", "run": {"tp": "2"}}, "run.tp must be an integer"),
+        ({"version": 1, "status": "ok", "run": {"tp": 1}}, "run.pp must be an integer"),
+    ],
+)
+def test_plans_that_cannot_be_run(content, message, tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(UsageError, match=message):
+        read_run_plan(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"replicas": 2}, "2 replicas, and generate runs one"),
+        ({"weights": "fp8"}, "for fp8 .--weights., which generate does not run"),
+        ({"kv": "fp8"}, "plan with --kv bf16 or fp16"),
+    ],
+)
+def test_what_nothing_here_runs_is_refused(changes, message):
+    with pytest.raises(UsageError, match=message):
+        replace(RunPlan(2, 1, 1, 1, 512, True, 0, "bf16", "bf16"), **changes).dtype_for("generate")
 
 
 def test_the_page_is_whole_and_needs_nothing_else():

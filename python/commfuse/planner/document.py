@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import functools
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from commfuse.errors import UsageError
+from commfuse.models.run_plan import VERSION, RunPlan
 from commfuse.planner.calibration import origin
 from commfuse.planner.explanation import explain
 from commfuse.planner.plan import Plan
 from commfuse.planner.search import Candidate
 from commfuse.planner.uncertainty import spread
 
-VERSION = 1
 _SCHEMA = Path(__file__).parent / "data" / "plan.schema.json"
 DEFINITIONS = {
     "ttft_ms": "from a request's arrival to its first token, waiting included; mean",
@@ -72,7 +72,7 @@ def document(plan: Plan) -> dict[str, Any]:
             "layout": _layout(plan.sweet_spot.best.layout),
         },
         "fewest_devices": _layout(plan.fewest),
-        "run": run_options(plan),
+        "run": asdict(run_plan(plan)),
         "explanation": explain(plan),
         "calibration": origin(),
     }
@@ -83,22 +83,21 @@ def does_not_fit(message: str) -> dict[str, Any]:
     return {"version": VERSION, "status": "does not fit", "message": message}
 
 
-def run_options(plan: Plan) -> dict[str, Any]:
+def run_plan(plan: Plan) -> RunPlan:
     """What ``commfuse generate --plan`` and ``parallelize`` take from it."""
     best = plan.best
     speculation = best.service.speculation
-    drafts = speculation.drafts if speculation else 0
-    return {
-        "tp": best.layout.tp,
-        "pp": best.layout.pp,
-        "replicas": best.layout.replicas,
-        "micro_batches": best.service.groups,
-        "prefill_chunk": best.chunk,
-        "fused": best.fused,
-        "draft_tokens": drafts,
-        "weights": plan.question.precision.weights,
-        "kv": plan.question.precision.kv,
-    }
+    return RunPlan(
+        tp=best.layout.tp,
+        pp=best.layout.pp,
+        replicas=best.layout.replicas,
+        micro_batches=best.service.groups,
+        prefill_chunk=best.chunk,
+        fused=best.fused,
+        draft_tokens=speculation.drafts if speculation else 0,
+        weights=plan.question.precision.weights,
+        kv=plan.question.precision.kv,
+    )
 
 
 def _question(plan: Plan) -> dict[str, Any]:
@@ -167,22 +166,3 @@ def _candidate(plan: Plan, candidate: Candidate) -> dict[str, Any]:
             "break_even_acceptance": speculation.break_even,
         },
     }
-
-
-def read_run_options(path: Path) -> dict[str, Any]:
-    """The ``run`` part of a file that ``commfuse plan --json`` wrote.
-
-    Raises:
-        UsageError: no such file, another version, or a plan in which nothing fits.
-    """
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UsageError(f"--plan {path}: {error}") from None
-    if not isinstance(content, dict) or content.get("version") != VERSION:
-        raise UsageError(
-            f"--plan {path}: not a plan of version {VERSION}; write it with plan --json"
-        )
-    if content.get("status") != "ok" or not isinstance(content.get("run"), dict):
-        raise UsageError(f"--plan {path}: nothing fits in this plan")
-    return content["run"]
