@@ -13,7 +13,7 @@ from commfuse.planner.calibration import origin
 from commfuse.planner.explanation import explain
 from commfuse.planner.plan import Plan
 from commfuse.planner.search import Candidate
-from commfuse.planner.uncertainty import spread
+from commfuse.planner.uncertainty import Range, around
 
 _SCHEMA = Path(__file__).parent / "data" / "plan.schema.json"
 DEFINITIONS = {
@@ -21,6 +21,8 @@ DEFINITIONS = {
     "tpot_ms": "(last token - first token) / (output tokens - 1), prefills of others in between "
     "included; mean",
     "tokens_per_second": "output tokens of all requests per second while there is always a next",
+    "low, high": "four in five measurements lie between them, see wider_errors; the parts of "
+    "per_token_ms are as uncertain as their sum, tpot_ms, and were not measured one by one",
 }
 
 
@@ -64,7 +66,11 @@ def document(plan: Plan) -> dict[str, Any]:
         "refused": [{"layout": _layout(r.layout), "reason": r.reason} for r in plan.refused],
         "pareto": [_candidate(plan, c) for c in plan.front],
         "scaling": [
-            {"devices": p.devices, "speed": p.speed, "layout": _layout(p.best.layout)}
+            {
+                "devices": p.devices,
+                "speed": _figure(plan.speeds(p.best)),
+                "layout": _layout(p.best.layout),
+            }
             for p in plan.curve
         ],
         "sweet_spot": {
@@ -127,9 +133,13 @@ def _layout(layout) -> dict[str, int]:
     }
 
 
+def _figure(found: Range) -> dict[str, float]:
+    return found._asdict()
+
+
 def _candidate(plan: Plan, candidate: Candidate) -> dict[str, Any]:
     service = candidate.service
-    off = spread(plan.question.cluster, candidate.layout)
+    off = plan.spread(candidate)
     memory, speculation = service.memory, service.speculation
     return {
         "layout": _layout(candidate.layout),
@@ -139,10 +149,10 @@ def _candidate(plan: Plan, candidate: Candidate) -> dict[str, Any]:
         "running": service.running,
         "micro_batches": service.groups,
         "idle": service.idle,
-        "ttft_ms": {"value": service.ttft * 1e3, "relative_error": off.ttft},
-        "tpot_ms": {"value": service.tpot * 1e3, "relative_error": off.tpot},
-        "tokens_per_second": {"value": service.throughput, "relative_error": off.throughput},
-        "dollars_per_million_tokens": candidate.dollars,
+        "ttft_ms": _figure(around(service.ttft * 1e3, off.ttft)),
+        "tpot_ms": _figure(around(service.tpot * 1e3, off.tpot)),
+        "tokens_per_second": _figure(around(service.throughput, off.throughput)),
+        "dollars_per_million_tokens": _figure(around(candidate.dollars, off.throughput)),
         "wider_errors": list(off.reasons),
         "memory": {
             "usable_bytes": memory.usable,
@@ -150,8 +160,8 @@ def _candidate(plan: Plan, candidate: Candidate) -> dict[str, Any]:
             "activations_bytes": memory.activations,
             "workspace_bytes": memory.workspace,
             "kv_bytes_per_token": memory.kv_per_token,
-            "kv_tokens": memory.kv_tokens,
-            "relative_error": off.memory,
+            "filled_bytes": _figure(around(memory.usable - memory.room, off.memory)),
+            "kv_tokens": _figure(off.kv_tokens(memory)),
         },
         "per_token_ms": {name: value * 1e3 for name, value in service.per_token.as_dict().items()},
         "first_token_ms": {
@@ -162,7 +172,7 @@ def _candidate(plan: Plan, candidate: Candidate) -> dict[str, Any]:
         else {
             "draft_tokens": speculation.drafts,
             "tokens_per_step": speculation.tokens,
-            "speedup": speculation.speedup,
+            "speedup": _figure(around(speculation.speedup, off.ratio)),
             "break_even_acceptance": speculation.break_even,
         },
     }

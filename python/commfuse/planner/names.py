@@ -36,13 +36,12 @@ def choose(name: str, known: Iterable[str], given: str, kind: str, instead: str 
     raise UsageError(text + (f" Or give {instead}." if instead else ""))
 
 
-def figure(value: float) -> str:
-    """A number with three significant digits, as people read it.
+def figure(value: float, digits: int = 3) -> str:
+    """A number with so many significant digits, as people read it.
 
     Example:
         >>> figure(42243.2), figure(46.06), figure(0.01234)
         ('42,200', '46.1', '0.0123')
     """
-    if abs(value) < 1000:
-        return f"{value:.3g}"
-    return f"{float(f'{value:.3g}'):,.0f}"
+    rounded = float(f"{value:.{digits}g}")
+    return f"{rounded:.{digits}g}" if abs(rounded) < 10**digits else f"{rounded:,.0f}"

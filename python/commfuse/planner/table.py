@@ -9,7 +9,6 @@ from commfuse.planner.explanation import explain
 from commfuse.planner.names import figure
 from commfuse.planner.plan import Plan
 from commfuse.planner.search import Candidate
-from commfuse.planner.uncertainty import spread
 from commfuse.planner.validation import Errors, Report
 
 ROWS = 8
@@ -67,18 +66,20 @@ def print_plan(plan: Plan, console: Console, rows: int = ROWS) -> None:
     console.print()
     for sentence in explain(plan):
         console.print(f"- {sentence}", soft_wrap=True)
-    off = spread(question.cluster, plan.best.layout)
+    off = plan.spread(plan.best)
     console.print(
-        "\nGB: weights and buffers of what can be used, on the fullest device; the rest is for the "
-        "KV cache. $/M: dollars of a million output tokens. ± covers four in five cases of the "
-        "validation" + (f"; wider here: {'; '.join(off.reasons)}" if off.reasons else "") + ".",
+        f"\nGB (±{off.memory:.0%}): weights and buffers of what can be used, on the fullest "
+        "device; the rest is for the KV cache. $/M: dollars of a million output tokens, ± as "
+        "tokens/s. ±30%: four in five measurements lie within a factor of 1.3 of it, by the "
+        "validation"
+        + (f"; wider here: {'; '.join(off.reasons)}" if off.reasons else "") + ".",
         soft_wrap=True,
     )
 
 
 def _cells(plan: Plan, candidate: Candidate) -> list[str]:
     service = candidate.service
-    off = spread(plan.question.cluster, candidate.layout)
+    off = plan.spread(candidate)
     memory = service.memory
     return [
         str(candidate.layout) + (" fused" if candidate.fused else ""),
