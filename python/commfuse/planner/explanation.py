@@ -193,9 +193,7 @@ def _memory(plan: Plan) -> str:
         text += f"; hosts come with {host}, so people buy {hosts * host}"
         if whole and part:
             text += f", which are {plan.ratio(whole.best, part.best)} times as fast"
-            text += (
-                f" ({whole.best.layout}, {_room(plan, whole.best)} tokens of room)"
-            )
+            text += f" ({whole.best.layout}, {_room(plan, whole.best)} tokens of room)"
     return text + "."
 
 

@@ -192,6 +192,7 @@ def _footer(plan: Plan) -> str:
     meant = [f"{name.removesuffix('_ms').upper()}: {text}" for name, text in DEFINITIONS.items()]
     return (
         "<footer><p>In brackets, and small: between what four in five measurements lie by the "
-        f"validation: {escape(origin())}. {escape(_wider(plan))}$/M: dollars of a million output tokens.</p>"
+        f"validation: {escape(origin())}. {escape(_wider(plan))}$/M: dollars of a million output "
+        "tokens.</p>"
         f"<p>{escape('. '.join(meant))}.</p><p>Links: {escape('; '.join(said))}.</p></footer>"
     )

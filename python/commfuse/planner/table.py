@@ -71,8 +71,7 @@ def print_plan(plan: Plan, console: Console, rows: int = ROWS) -> None:
         f"\nGB (±{off.memory:.0%}): weights and buffers of what can be used, on the fullest "
         "device; the rest is for the KV cache. $/M: dollars of a million output tokens, ± as "
         "tokens/s. ±30%: four in five measurements lie within a factor of 1.3 of it, by the "
-        "validation"
-        + (f"; wider here: {'; '.join(off.reasons)}" if off.reasons else "") + ".",
+        "validation" + (f"; wider here: {'; '.join(off.reasons)}" if off.reasons else "") + ".",
         soft_wrap=True,
     )
 
