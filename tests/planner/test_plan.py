@@ -2,7 +2,6 @@
 
 import json
 import re
-import time
 from dataclasses import replace
 from xml.etree import ElementTree
 
@@ -20,6 +19,7 @@ from commfuse.planner.page import page
 from commfuse.planner.plan import DoesNotFit, Question, plan
 from commfuse.planner.search import Limits
 from commfuse.planner.serving import Work
+from commfuse.planner.uncertainty import spread
 
 
 def ask(model, cluster, **more):
@@ -75,10 +75,11 @@ def test_405b_with_a_free_count_takes_twelve():
     assert any("hosts come with 8, so people buy 16" in text for text in explain(found))
 
 
-def test_the_search_is_quick():
-    begin = time.perf_counter()
-    ask("llama-3.1-70b", "8x8:h100-sxm,ib-ndr", objective="throughput")
-    assert time.perf_counter() - begin < 2  # 0.6 s on an idle core
+def test_the_search_does_little():
+    # 64 GPUs take 0.6 s on an idle core; the time is that of the layouts and loads that are costed.
+    cluster = parse_cluster("8x8:h100-sxm,ib-ndr")
+    search = Question(load_model("llama-3.1-70b"), cluster, objective="throughput").search()
+    assert len(search.run()[0]) < 3000
 
 
 def test_do_not_distribute():
@@ -113,6 +114,32 @@ def test_more_memory_is_never_infeasible():
         found = plan(replace(question, cluster=cluster))
         assert len(found.candidates) >= last
         last = len(found.candidates)
+
+
+def test_every_figure_has_its_error():
+    found = ask("llama-3.1-8b", "8:h100-sxm", objective="latency")
+    service, off = found.best.service, found.spread(found.best)
+    content = document(found)
+    for given in (content["best"]["tpot_ms"], *(point["speed"] for point in content["scaling"])):
+        assert given["low"] < given["value"] < given["high"]
+    assert content["best"]["tpot_ms"]["high"] == pytest.approx(service.tpot * 1e3 * (1 + off.tpot))
+    # A layout that was never measured is said to be less certain.
+    ring = found.question.cluster.levels[0].link
+    unmeasured = replace(ring, all_reduce={})
+    level = replace(found.question.cluster.levels[0], link=unmeasured)
+    other = replace(found.question.cluster, levels=(level,))
+    assert spread(other, Layout(8)).tpot > spread(found.question.cluster, Layout(8)).tpot
+    assert spread(found.question.cluster, Layout(1)).reasons == ()
+
+
+def test_room_is_less_certain_where_memory_is_nearly_full():
+    tight, roomy = ask("llama-3.1-70b", "2:h100-sxm"), ask("llama-3.1-8b", "2:h100-sxm")
+    widths = []
+    for found in (tight, roomy):
+        room = found.spread(found.best).kv_tokens(found.best.service.memory)
+        assert room.low < room.value < room.high
+        widths.append((room.high - room.low) / room.value)
+    assert widths[0] > widths[1]
 
 
 def test_pruning_loses_nothing():
