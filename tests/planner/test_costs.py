@@ -166,6 +166,16 @@ def test_latency_of_measured_systems(model, measured):
         assert 1 / found.tpot == pytest.approx(tokens, rel=0.2)
 
 
+def test_what_a_bridge_gains_two_geforce_cards():
+    # A 27B model in int4 on two RTX 3090: NVLink was 25% faster than PCIe (a user's report).
+    speeds = [
+        1 / serve(setting("qwen2.5-32b", f"2:rtx-3090,25gbe,{link}", "int4", fused=False),
+                  Layout(2), Work(1000, 250), 1, 512).tpot
+        for link in ("nvlink-bridge", "pcie4-geforce")
+    ]  # fmt: skip
+    assert speeds[0] / speeds[1] == pytest.approx(1.25, rel=0.1)
+
+
 def test_drafts_by_hand():
     assert Acceptance(rate=0.5).tokens(3) == 1 + 0.5 + 0.25 + 0.125
     assert break_even(1.75, 2) == pytest.approx(0.5, abs=1e-6)

@@ -116,6 +116,24 @@ def test_more_memory_is_never_infeasible():
         last = len(found.candidates)
 
 
+def test_the_lists_of_a_layer():
+    content = document(ask("llama-3.1-70b", "8:h100-sxm", limits=Limits(tp=2, pp=4, replicas=1)))
+    layer = content["best"]["layer"]
+    assert sum(layer["layers_of_stages"]) == 80 and len(layer["layers_of_stages"]) == 4
+    # 32 query heads of 128 and 4 KV heads, half of 28672 features; 8192 values of two bytes.
+    assert [(g["k"], g["n"]) for g in layer["gemms"]] == [
+        (8192, 40 * 128),
+        (32 * 128, 8192),
+        (8192, 28672),
+        (14336, 8192),
+    ]
+    assert [one["behind"] for one in layer["all_reduces"]] == ["output", "down"]
+    assert all(one["bytes_per_token"] == 16384 for one in layer["all_reduces"])
+    assert layer["sent_bytes_per_token"] == 8192
+    one = document(ask("llama-3.1-8b", "1:h100-sxm"))["best"]["layer"]
+    assert one["all_reduces"] == [] and one["sent_bytes_per_token"] == 0
+
+
 def test_every_figure_has_its_error():
     found = ask("llama-3.1-8b", "8:h100-sxm", objective="latency")
     service, off = found.best.service, found.spread(found.best)

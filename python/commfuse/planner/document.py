@@ -11,6 +11,8 @@ from typing import Any
 from commfuse.models.run_plan import VERSION, RunPlan
 from commfuse.planner.calibration import origin
 from commfuse.planner.explanation import explain
+from commfuse.planner.layout import stage_layers
+from commfuse.planner.model import GEMMS, SUMMED
 from commfuse.planner.plan import Plan
 from commfuse.planner.search import Candidate
 from commfuse.planner.uncertainty import Range, around
@@ -133,6 +135,24 @@ def _layout(layout) -> dict[str, int]:
     }
 
 
+def _layer(plan: Plan, candidate: Candidate) -> dict[str, Any]:
+    """What the most loaded rank computes and exchanges for each layer, and between stages."""
+    model, layout = plan.question.model, candidate.layout
+    row = model.hidden_size * 2.0
+    return {
+        "layers_of_stages": list(stage_layers(model, layout.pp, plan.question.precision.weights)),
+        "gemms": [
+            {"name": name, "k": k, "n": n}
+            for name, (k, n) in zip(GEMMS, model.gemms(layout.tp), strict=True)
+        ],
+        "all_reduces": [
+            {"behind": GEMMS[index], "ranks": layout.tp, "bytes_per_token": row}
+            for index in (SUMMED if layout.tp > 1 else ())
+        ],
+        "sent_bytes_per_token": row / layout.tp if layout.pp > 1 else 0.0,
+    }
+
+
 def _figure(found: Range) -> dict[str, float]:
     return found._asdict()
 
@@ -143,6 +163,7 @@ def _candidate(plan: Plan, candidate: Candidate) -> dict[str, Any]:
     memory, speculation = service.memory, service.speculation
     return {
         "layout": _layout(candidate.layout),
+        "layer": _layer(plan, candidate),
         "prefill_chunk": candidate.chunk,
         "fused": candidate.fused,
         "requests": service.requests,

@@ -17,6 +17,8 @@ ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "
 # 8-bit one for each group of 16 (fp4).
 WEIGHT_BYTES = {"bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "int4": 0.5 + 2 / 128, "fp4": 0.5 + 1 / 16}
 KV_BYTES = {"bf16": 2.0, "fp16": 2.0, "fp8": 1.0}
+GEMMS = ("qkv", "output", "gate_up", "down")  # of a layer, in order
+SUMMED = (1, 3)  # those of them that end in a sum over ranks
 VOCABULARY_BLOCK = 128  # shards of the vocabulary are cut at multiples of it
 _DATA = Path(__file__).parent / "data"
 # Repositories whose names do not say how large the model is.
@@ -101,10 +103,7 @@ class Model:
 
     @functools.cache  # noqa: B019
     def gemms(self, tp: int) -> tuple[tuple[int, int], ...]:
-        """(K, N) of the four GEMMs of a layer on the most loaded rank: qkv, o, gate/up, down.
-
-        The second and the fourth end in a sum over ranks.
-        """
+        """(K, N) of the four GEMMs of a layer on the most loaded rank, see :data:`GEMMS`."""
         shard = self.shard(tp)
         return (
             (self.hidden_size, (shard.heads + 2 * shard.kv_heads) * self.head_dim),
