@@ -19,6 +19,7 @@ from commfuse.planner.page import page
 from commfuse.planner.plan import DoesNotFit, Question, plan
 from commfuse.planner.search import Limits
 from commfuse.planner.serving import Work
+from commfuse.planner.speculation import Acceptance
 from commfuse.planner.uncertainty import spread
 
 
@@ -191,6 +192,9 @@ def test_documents_keep_to_the_schema(objective):
     found = document(ask("llama-3.1-8b", "2x4:h100-sxm,ib-ndr", objective=objective))
     assert valid(json.loads(json.dumps(found)), schema(), schema())
     assert valid(does_not_fit("too large"), schema(), schema())
+    drafted = document(ask("llama-3.1-8b", "1:h100-sxm", acceptance=Acceptance(rate=0.8)))
+    assert drafted["run"]["draft_tokens"] > 0
+    assert valid(json.loads(json.dumps(drafted)), schema(), schema())
     assert not valid({**found, "version": 2}, schema(), schema())
     assert not valid({**found, "more": 1}, schema(), schema())
 

@@ -200,7 +200,7 @@ def _memory(plan: Plan) -> str:
 def _room(plan: Plan, candidate: Candidate) -> str:
     """Tokens of KV cache, in words."""
     found = plan.spread(candidate).kv_tokens(candidate.service.memory)
-    return f"{found.value:,} ({figure(found.low, 2)} to {figure(found.high, 2)})"
+    return f"{found.value:,} ({figure(found.low)} to {figure(found.high)})"
 
 
 def _fusion(plan: Plan) -> str:

@@ -60,7 +60,8 @@ def print_plan(plan: Plan, console: Console, rows: int = ROWS) -> None:
     if plan.refused:
         least = min(plan.refused, key=lambda refused: (refused.short, refused.layout))
         console.print(
-            f"{len(plan.refused)} layouts do not fit; the closest, {least.layout}, {least.reason}",
+            f"{len(plan.refused)} of the layouts do not fit; the closest, {least.layout}, "
+            f"{least.reason}",
             soft_wrap=True,
         )
     console.print()
