@@ -31,17 +31,19 @@ from commfuse.runtime.channel import Channel
 from commfuse.runtime.communicator import SHARED_MEMORY, Communicator
 from commfuse.runtime.symmetric import SymmetricBuffer
 
-# By device: bytes of messages, 1 KB to 4 MB or 64 MB; bytes of weights that are streamed, several
-# times a last-level cache, and their side; rows of a GEMM that is bound by arithmetic.
+# By device: bytes of messages, 1 KB to 4 MB or 64 MB; side of a square weight; rows of a GEMM that
+# is bound by arithmetic.
 MESSAGES = {
     "cpu": tuple(1 << exponent for exponent in range(10, 24, 2)),
     "cuda": tuple(1 << exponent for exponent in range(10, 28, 2)),
 }
-STREAMED_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
+STREAMED_BYTES = 1 << 30  # of a GPU's memory: many times its last-level cache
 SIDE = {"cpu": 2048, "cuda": 8192}
 ROWS = {"cpu": 256, "cuda": 4096}
 TINY = {"hidden": 128, "features": 256, "heads": 4, "head_dim": 32}  # a layer that is all overhead
 TINY_LAYERS = 32
+LARGE = {"hidden": 1024, "features": 4096, "heads": 16, "head_dim": 64}  # 34 MB of weights
+LARGE_LAYERS = 8
 KERNELS = 10  # that the planner counts in a layer
 REPEATS, CALLS, ROUND_TRIPS = 25, 10, 1000
 
@@ -176,22 +178,25 @@ def _seconds(call: Callable[[], object], comm: Communicator | None) -> float:
 
 
 def stream_rates(comm: Communicator) -> tuple[float, float]:
-    """Bytes/s at which GEMMs of one row read weights: this rank alone, and all at once."""
-    kind = comm.device.type
-    each = SIDE[kind] ** 2 * 2
-    calls = _gemms(comm, 1, STREAMED_BYTES[kind] // each)
-    if kind == "cuda":
+    """Bytes/s at which a step of one row reads weights: this rank alone, and all at once.
+
+    On the CPU they are read as in the engine, layer after layer by one call: single GEMMs, which
+    start without what the one before has prefetched, reach less.
+    """
+    if comm.device.type == "cuda":
+        each = SIDE["cuda"] ** 2 * 2
+        calls = _gemms(comm, 1, STREAMED_BYTES // each)
         rate = each / measure([Cell("stream", calls)], comm)["stream"].p50_us * 1e6
         return rate, rate  # each reads its own memory
-
-    def stream() -> None:
-        for call in calls:
-            call()
-
-    together = gather(_seconds(stream, comm), comm)
-    # Meanwhile the others sleep in a socket: in a barrier they would poll, next to this core.
-    alone = gather(_seconds(stream, None) if comm.rank == 0 else 0.0, comm)[0]
-    return STREAMED_BYTES[kind] / alone, STREAMED_BYTES[kind] / max(together)
+    with Communicator() as single:
+        run = _layers(single, LARGE, LARGE_LAYERS)
+        together = gather(_seconds(run, comm), comm)
+        # Meanwhile the others sleep in a socket: in a barrier they would poll, next to this core.
+        alone = gather(_seconds(run, None) if comm.rank == 0 else 0.0, comm)[0]
+    hidden, features = LARGE["hidden"], LARGE["features"]
+    width = LARGE["heads"] * LARGE["head_dim"]
+    nbytes = 2 * LARGE_LAYERS * hidden * (4 * width + 3 * features)
+    return nbytes / alone, nbytes / max(together)
 
 
 def arithmetic_rate(comm: Communicator) -> float:
@@ -268,8 +273,19 @@ def overheads(comm: Communicator, all_reduce: float) -> dict[str, float]:
 
 def _tiny_layer_seconds(comm: Communicator) -> float:
     """A layer whose weights take no time to read, its all-reduces included."""
-    hidden, features = TINY["hidden"], TINY["features"]
-    heads, head_dim = TINY["heads"], TINY["head_dim"]
+    layers = _layers(comm, TINY, TINY_LAYERS)
+
+    def run() -> None:
+        for _ in range(CALLS):
+            layers()
+
+    return _seconds(run, comm) / CALLS / TINY_LAYERS
+
+
+def _layers(comm: Communicator, sizes: dict[str, int], count: int) -> Callable[[], object]:
+    """A decoding step of one request through so many layers; called once."""
+    hidden, features = sizes["hidden"], sizes["features"]
+    heads, head_dim = sizes["heads"], sizes["head_dim"]
     width = heads * head_dim
     blocks = [
         ops.BlockWeights(
@@ -282,7 +298,7 @@ def _tiny_layer_seconds(comm: Communicator) -> float:
             heads=(heads, 0, 1),
             eps=1e-5,
         )
-        for _ in range(TINY_LAYERS)
+        for _ in range(count)
     ]
     shape = (1, heads, 16, head_dim)
     caches = [tuple(torch.zeros(shape, dtype=torch.bfloat16) for _ in "kv") for _ in blocks]
@@ -290,12 +306,11 @@ def _tiny_layer_seconds(comm: Communicator) -> float:
     placement = ops.Placement(torch.tensor([0]), torch.tensor([1]), rotary)
     x = _random(comm, 1, hidden) * 0.01
 
-    def run() -> None:
-        for _ in range(CALLS):
-            ops.transformer_blocks(x, x.clone(), blocks, caches, placement, comm)
+    def run() -> object:
+        return ops.transformer_blocks(x, x.clone(), blocks, caches, placement, comm)
 
     run()
-    return _seconds(run, comm) / CALLS / TINY_LAYERS
+    return run
 
 
 def _step_seconds(comm: Communicator) -> float:
