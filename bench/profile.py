@@ -43,7 +43,7 @@ ROWS = {"cpu": 256, "cuda": 4096}
 TINY = {"hidden": 128, "features": 256, "heads": 4, "head_dim": 32}  # a layer that is all overhead
 TINY_LAYERS = 32
 LARGE = {"hidden": 1024, "features": 4096, "heads": 16, "head_dim": 64}  # 34 MB of weights
-LARGE_LAYERS = 8
+LARGE_LAYERS, LARGE_HEAD = 6, 32000  # 267 MB in all, several times a core's caches
 KERNELS = 10  # that the planner counts in a layer
 REPEATS, CALLS, ROUND_TRIPS = 25, 10, 1000
 
@@ -180,22 +180,29 @@ def _seconds(call: Callable[[], object], comm: Communicator | None) -> float:
 def stream_rates(comm: Communicator) -> tuple[float, float]:
     """Bytes/s at which a step of one row reads weights: this rank alone, and all at once.
 
-    On the CPU they are read as in the engine, layer after layer by one call: single GEMMs, which
-    start without what the one before has prefetched, reach less.
+    On the CPU they are read as in the engine: layers by one call, which prefetches from one GEMM to
+    the next, and a head, which is a GEMM of its own and reaches less.
     """
     if comm.device.type == "cuda":
         each = SIDE["cuda"] ** 2 * 2
         calls = _gemms(comm, 1, STREAMED_BYTES // each)
         rate = each / measure([Cell("stream", calls)], comm)["stream"].p50_us * 1e6
         return rate, rate  # each reads its own memory
+    hidden, features = LARGE["hidden"], LARGE["features"]
+    width = LARGE["heads"] * LARGE["head_dim"]
     with Communicator() as single:
-        run = _layers(single, LARGE, LARGE_LAYERS)
+        layers = _layers(single, LARGE, LARGE_LAYERS)
+        head, x = ops.pack_weight(_random(comm, LARGE_HEAD, hidden)), _random(comm, 1, hidden)
+
+        def run() -> None:
+            layers()
+            ops.matmul(x, head)
+
+        run()
         together = gather(_seconds(run, comm), comm)
         # Meanwhile the others sleep in a socket: in a barrier they would poll, next to this core.
         alone = gather(_seconds(run, None) if comm.rank == 0 else 0.0, comm)[0]
-    hidden, features = LARGE["hidden"], LARGE["features"]
-    width = LARGE["heads"] * LARGE["head_dim"]
-    nbytes = 2 * LARGE_LAYERS * hidden * (4 * width + 3 * features)
+    nbytes = 2 * hidden * (LARGE_LAYERS * (4 * width + 3 * features) + LARGE_HEAD)
     return nbytes / alone, nbytes / max(together)
 
 
