@@ -36,6 +36,10 @@ def bench(
         str | None,
         typer.Option(help="Backends and peers, as in cpu,torch. (default: all that can run)"),
     ] = None,
+    configurations: Annotated[
+        str | None,
+        typer.Option(help="generate: only these of its rows, as in tp1_1t,tp2,pp2. (default: all)"),
+    ] = None,
     dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")] = "bfloat16",
     cases: Annotated[
         str, typer.Option(help="quick, or all: more sizes; of pipeline, text too.")
@@ -104,7 +108,10 @@ def bench(
     links = parse_links(link or [])
     if links and device == "cuda":
         raise UsageError("--link: links are emulated between ranks on the CPU only")
-    names = _split(backends)
+    names = _split("--backends", backends, "cpu,torch")
+    chosen = _split("--configurations", configurations, "tp1_1t,tp2")
+    if chosen is not None and op != "generate":
+        raise UsageError("--configurations belongs to bench generate")
     if only and op in ("generate", "pipeline", "wall", "send_recv"):
         raise UsageError(f"--only: for the cases of an op, not for {op}")
     if op == "generate":
@@ -116,7 +123,7 @@ def bench(
             raise UsageError("bench generate starts its own ranks: run it without a launcher")
         for count in counts:
             run_generate(
-                model or "smollm2", count, names, dtype, iterations or 3, links.get("tp"), as_json
+                model or "smollm2", count, names, chosen, dtype, iterations or 3, links, as_json
             )
         return
 
@@ -222,7 +229,7 @@ def _send_recv(
         raise typer.Exit(status)
 
 
-def _split(names: str | None) -> tuple[str, ...] | None:
+def _split(option: str, names: str | None, example: str) -> tuple[str, ...] | None:
     """The names in a comma-separated list, each once; None for no list.
 
     Raises:
@@ -232,5 +239,5 @@ def _split(names: str | None) -> tuple[str, ...] | None:
         return None
     found = tuple(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
     if not found:
-        raise UsageError("--backends is empty; name some, as in cpu,torch")
+        raise UsageError(f"{option} is empty; name some, as in {example}")
     return found

@@ -102,7 +102,7 @@ def generate(
     ] = "auto",
     plan: Annotated[
         Path | None,
-        typer.Option(help="A file that `commfuse plan --json` wrote: its TP, PP, draft tokens."),
+        typer.Option(help="A file that `commfuse plan --json` wrote: TP, PP, draft tokens, dtype."),
     ] = None,
     threads: Annotated[
         int | None, typer.Option(help="Threads of each rank. [default: cores / ranks]")
@@ -135,7 +135,7 @@ def generate(
     if threads is not None and threads < 1:
         raise UsageError(f"--threads {threads}: at least 1")
     if plan is not None:
-        tp, pp, speculate = _from_plan(plan, tp, pp, speculate)
+        tp, pp, speculate, dtype = _from_plan(plan, tp, pp, speculate, dtype)
     tp, pp = agree_on_mesh(tp, pp)
     if trace is not None and not trace.absolute().parent.is_dir():
         raise UsageError(f"--trace {trace}: there is no such folder")
@@ -200,24 +200,21 @@ def _sampling(
     }
 
 
-def _from_plan(path: Path, tp: int | None, pp: int | None, speculate: str) -> tuple[int, int, str]:
-    """The ranks, stages and drafter of a plan; what was given beside it comes first.
+def _from_plan(
+    path: Path, tp: int | None, pp: int | None, speculate: str, dtype: str | None
+) -> tuple[int, int, str, str]:
+    """The ranks, stages, drafter and dtype of a plan; what was given beside it comes first.
 
     Raises:
         UsageError: the plan cannot be read, or asks for what cannot run here.
     """
-    from commfuse.planner.document import read_run_options
+    from commfuse.models.run_plan import read_run_plan
 
-    run = read_run_options(path)
-    if run["replicas"] > 1:
-        raise UsageError(
-            f"--plan {path}: it has {run['replicas']} replicas, and generate runs one; plan with "
-            "--replicas 1"
-        )
-    drafts = run["draft_tokens"]
-    if drafts and speculate == "off":
-        speculate = f"ngram:{drafts}"
-    return tp or run["tp"], pp or run["pp"], speculate
+    plan = read_run_plan(path)
+    planned = plan.dtype_for("generate")
+    if plan.draft_tokens and speculate == "off":
+        speculate = f"ngram:{plan.draft_tokens}"
+    return tp or plan.tp, pp or plan.pp, speculate, dtype or planned
 
 
 def _model_path(model: str, as_json: bool) -> Path:
