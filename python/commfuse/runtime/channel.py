@@ -117,7 +117,9 @@ class Channel:
             )
         self.comm, self.source, self.target = comm, source, target
         self.rows, self.columns, self.dtype, self.slots = rows, columns, dtype, slots
-        self.transport = comm.transport if transport == "auto" else transport
+        self.transport = transport
+        if transport == "auto":
+            self.transport = comm.transport if comm.transport == SHARED_MEMORY else TORCH_DISTRIBUTED
         self.backend = "cpu" if self.transport == SHARED_MEMORY else "torch"
         self.no_rows = torch.empty(0, columns, dtype=dtype)
         self._native = None
