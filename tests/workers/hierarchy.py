@@ -20,10 +20,10 @@ SHAPES = ((0,), (1,), (5,), (3, 17), (64, 33), (5001,), (70001,))
 SMALL_PAYLOAD = 4096
 
 
-def communicator(hosts: list[int] | None, **options) -> Communicator:
-    """Of all ranks, each on the host that the list names for it; None: on its real one."""
-    host = None if hosts is None else str(hosts[dist.get_rank()])
-    return Communicator(dist.group.WORLD, host=host, **options)
+def communicator(group, hosts: list[int] | None, **options) -> Communicator:
+    """Of the group's ranks, each on the host that the list names for it; None: on its real one."""
+    host = None if hosts is None else str(hosts[dist.get_rank(group)])
+    return Communicator(group, host=host, **options)
 
 
 def _integers(shape, dtype, seed, rank):
@@ -49,19 +49,19 @@ def _sum_of_hosts(parts: list[torch.Tensor], hosts: list[list[int]]) -> torch.Te
     return total([total([parts[rank] for rank in host]) for host in hosts])
 
 
-def run(hosts: list[int] | None) -> dict:
+def sums(group, hosts: list[int] | None) -> dict:
     """All checks: what is wrong, digests that ranks must share, and what is said of it."""
     wrong: list[str] = []
     digests: dict[str, str] = {}
     for payload in (SMALL_PAYLOAD, None):
         options = {"payload_bytes": payload} if payload else {}
-        with communicator(hosts, **options) as comm:
+        with communicator(group, hosts, **options) as comm:
             for dtype in DTYPES:
                 for seed, shape in enumerate(SHAPES):
                     _check_sum(comm, shape, dtype, seed, wrong, digests)
                 _check_fused(comm, dtype, wrong, digests)
             comm.barrier()
-    with communicator(hosts) as comm:
+    with communicator(group, hosts) as comm:
         comm.reset_statistics()
         ops.all_reduce(torch.ones(840), comm)
         statistics = comm.statistics()
@@ -145,14 +145,14 @@ def _check_fused(comm, dtype, wrong, digests):
         wrong.append(f"{dtype}: vocab_parallel_argmax")
 
 
-def links(hosts: list[int]) -> dict[str, list[float]]:
+def links(group, hosts: list[int]) -> dict[str, list[float] | bool]:
     """Seconds of sums over emulated links: between hosts, and within them."""
     found = {}
     for name, options in {
         "across": {"link": parse_link("3000:1")},
         "inside": {"link_inside": parse_link("3000:1")},
     }.items():
-        with communicator(hosts, **options) as comm:
+        with communicator(group, hosts, **options) as comm:
             found[name] = []
             for _ in range(3):
                 comm.barrier()
@@ -173,77 +173,106 @@ def raised(call) -> tuple[str, str, float]:
     return "", "", time.monotonic() - begin
 
 
-def failures(hosts: list[int]) -> dict[str, dict]:
+def failures(group, hosts: list[int]) -> dict[str, tuple]:
     """The last rank does something else than the others; what each of them raises, three times."""
     found = {}
-    last = dist.get_world_size() - 1
-
-    def three_times(comm, call):
-        first = raised(call)
-        return first, raised(lambda: ops.all_reduce(torch.ones(2), comm)), raised(comm.check)
-
+    x = torch.ones(6)
     for name, usual, other in (
-        ("shapes", lambda c: ops.all_reduce(torch.ones(4, 6), c), lambda c: ops.all_reduce(torch.ones(8, 6), c)),
-        ("dtypes", lambda c: ops.all_reduce(torch.ones(6), c), lambda c: ops.all_reduce(torch.ones(6).half(), c)),
-        ("late", lambda c: ops.all_reduce(torch.ones(6), c), lambda c: time.sleep(5)),
-        ("closes", lambda c: ops.all_reduce(torch.ones(6), c), lambda c: c.close()),
-    ):  # fmt: skip
-        comm = communicator(hosts, timeout=1.0, name="testers" if name == "late" else None)
+        ("shapes", lambda c: ops.all_reduce(x, c), lambda c: ops.all_reduce(torch.ones(8, 6), c)),
+        ("dtypes", lambda c: ops.all_reduce(x, c), lambda c: ops.all_reduce(x.half(), c)),
+        ("late", lambda c: ops.all_reduce(x, c), lambda c: dist.barrier(group)),
+        ("closes", lambda c: ops.all_reduce(x, c), lambda c: c.close()),
+    ):
+        name_of_ranks = "testers" if name == "late" else None
+        comm = communicator(group, hosts, timeout=0.5, name=name_of_ranks)
         ops.all_reduce(torch.ones(3), comm)
-        call = other if comm.rank == last else usual
-        found[name] = three_times(comm, lambda comm=comm, call=call: call(comm))
-        dist.barrier()
+        last = comm.rank == comm.world_size - 1
+        call = other if last else usual
+        found[name] = (
+            raised(lambda comm=comm, call=call: call(comm)),
+            raised(lambda comm=comm: ops.all_reduce(x, comm)),
+            raised(comm.check),
+        )
+        if not (last and name == "late"):  # which has been there already
+            dist.barrier(group)
         comm.close()
     return found
 
 
-def refusals() -> dict[str, tuple[str, str, float]]:
+def refusals(group) -> dict[str, tuple[str, str, float]]:
     """Hierarchies that cannot be had, for two ranks."""
-    world, rank = dist.group.WORLD, dist.get_rank()
+    host = str(dist.get_rank(group))
 
     def make(**options):
-        return raised(lambda: Communicator(world, **options).close())
+        return raised(lambda: Communicator(group, **options).close())
 
     return {
         "one host": make(transport="hierarchical"),
-        "two hosts": make(transport="hierarchical", host=str(rank)),
-        "shared": make(transport="shared memory", host=str(rank)),
+        "two hosts": make(transport="hierarchical", host=host),
+        "shared": make(transport="shared memory", host=host),
     }
 
 
-def dying(hosts: list[int], victim: int, folder: str) -> tuple[str, str, float]:
+def dying(group, hosts: list[int] | None, victim: int, folder: str) -> tuple[str, str, float]:
     """A rank is killed between two calls of the others."""
-    comm = communicator(hosts)
+    comm = communicator(group, hosts)
     x = torch.ones(300)
     ops.all_reduce(x, comm)
     if comm.rank == victim:
+        Path(folder, str(comm.rank)).touch()
         os.kill(os.getpid(), 9)
     error = raised(lambda: [ops.all_reduce(x, comm) for _ in range(2)])
     comm.close()
+    # Nobody ends before all have noticed: the first that ends would be noticed as well.
     Path(folder, str(comm.rank)).touch()
-    deadline = time.monotonic() + 10
-    while len(os.listdir(folder)) < comm.world_size - 1 and time.monotonic() < deadline:
+    deadline = time.monotonic() + 20
+    while len(os.listdir(folder)) < comm.world_size and time.monotonic() < deadline:
         time.sleep(0.01)
     return error
 
 
+def everything(even: list[int], uneven: list[int], victim: int, folder: str) -> dict:
+    """All of it in one job of four ranks; what all of them have found, on each that survives."""
+    world, rank = dist.group.WORLD, dist.get_rank()
+    three, two = dist.new_group([0, 1, 2]), dist.new_group([0, 1])
+    mine = {"even": sums(world, even), "even failures": failures(world, even)}
+    if rank < 3:
+        mine["uneven"] = sums(three, uneven)
+        mine["uneven failures"] = failures(three, uneven)
+        mine["links"] = links(three, [0, 1, 0])
+    if rank < 2:
+        mine["refusals"] = refusals(two)
+    every = [None] * 4
+    dist.all_gather_object(every, mine)
+    return {"every": every, "killed": dying(world, even, victim, folder)}
+
+
+def many_hosts(hosts: list[int]) -> dict:
+    """Sums alone, on the ranks of a job."""
+    return sums(dist.group.WORLD, hosts)
+
+
 def main(folder: str) -> None:
-    """A program for torchrun on two hosts: :func:`run` on real ones, then a rank dies."""
+    """A program for torchrun on two hosts: sums over real ones, then the last rank dies."""
     from commfuse.runtime.launch import join_job
 
     torch.set_num_threads(1)
     join_job()
-    result = run(None)
-    comm = communicator(None)
-    ops.all_reduce(torch.ones(6), comm)
-    path = Path(folder, f"{comm.rank}.part")
-    if comm.rank == comm.world_size - 1:
-        path.write_text(json.dumps(result))
-        path.rename(path.with_suffix(".json"))
-        os.kill(os.getpid(), 9)
-    result["killed"] = raised(lambda: [ops.all_reduce(torch.ones(6), comm) for _ in range(2)])
-    path.write_text(json.dumps(result))
-    path.rename(path.with_suffix(".json"))
+    result = sums(dist.group.WORLD, None)
+    deaths = Path(folder, "deaths")
+    deaths.mkdir(exist_ok=True)
+
+    def leave() -> None:
+        unfinished = Path(folder, f"{dist.get_rank()}.part")
+        unfinished.write_text(json.dumps(result))
+        unfinished.rename(unfinished.with_suffix(".json"))
+
+    if dist.get_rank() >= 2:  # its own torchrun ends rank 2 when rank 3 is gone
+        leave()
+        Path(deaths, "2").touch()
+    result["killed"] = dying(dist.group.WORLD, None, 3, str(deaths))
+    if dist.get_rank() < 2:
+        leave()
     os._exit(0)  # the other host's rank is gone: no process group to leave
 
 

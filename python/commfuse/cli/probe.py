@@ -45,9 +45,7 @@ def collect() -> dict:
             total = ops.all_reduce(torch.full((64,), comm.rank + 1.0), comm)
             verdicts = [None] * world
             dist.all_gather_object(verdicts, bool((total == world * (world + 1) / 2).all()))
-            pairs = [
-                [comm.transport_between(a, b) for b in range(world)] for a in range(world)
-            ]
+            pairs = [[comm.transport_between(a, b) for b in range(world)] for a in range(world)]
             return {
                 "ranks": ranks,
                 "transport": comm.transport,

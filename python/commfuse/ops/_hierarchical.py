@@ -31,10 +31,10 @@ def hierarchical_all_reduce(comm: Communicator, x: torch.Tensor) -> torch.Tensor
     count = x.numel()
     padding = max(1, -(-count // hierarchy.parts)) * hierarchy.parts - count
     flat = F.pad(x.view(-1), (0, padding)) if padding else x.view(-1)
-    dtype = str(x.dtype).removeprefix("torch.")
-    with hierarchy.failing_together():
+    what = f"all_reduce {str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
+    with hierarchy.failing_together(what):
         mine = torch.ops.commfuse.reduce_scatter(flat, handle)
-        comm.sum_across_hosts(mine, f"all_reduce {dtype}{list(x.shape)}")
+        comm.sum_across_hosts(mine, what)
         whole = torch.ops.commfuse.all_gather(mine, handle)
     return whole[:count].view(x.shape)
 

@@ -124,8 +124,8 @@ def _by(name: str):
         for number, (w, cache) in enumerate(zip(blocks, caches, strict=True)):
             if number == 0 and source is not None:
                 qkv, residual = recv_matmul(
-                    len(placement.sequences), source, w.qkv, bias=w.qkv_bias, norm_weight=first_norm,
-                    eps=w.eps,
+                    len(placement.sequences), source, w.qkv, bias=w.qkv_bias,
+                    norm_weight=first_norm, eps=w.eps,
                 )  # fmt: skip
             else:
                 qkv = matmul(x, w.qkv, w.qkv_bias)

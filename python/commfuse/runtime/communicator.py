@@ -156,7 +156,7 @@ class Communicator:
         self.rank = dist.get_rank(group) if group is not None else 0
         self.world_size = dist.get_world_size(group) if group is not None else 1
         self.timeout = timeout
-        self.link = link
+        self.link, self.link_inside = link, link_inside
         self.backends: dict[Any, Any] = {}  # filled by commfuse.ops: what serves which call
         self.further_checks: list[Callable[[], None]] = []  # of check(), by commfuse.ops
         self.channels: list[Any] = []  # between its ranks; they close with it
@@ -181,10 +181,11 @@ class Communicator:
                 self._share_gpu_memory(payload_bytes, 0)
         else:
             self.transport = self._choose_transport(transport, own, host)
+            everybody = list(range(self.world_size))
             if self.transport == SHARED_MEMORY:
-                self._native = self._share_memory(payload_bytes, workspace_bytes)
+                self._native = self._share_memory(payload_bytes, workspace_bytes, link, everybody)
             elif self.transport == SYMMETRIC_MEMORY:
-                self._native = self._share_memory(HOST_PAYLOAD_BYTES, 0)
+                self._native = self._share_memory(HOST_PAYLOAD_BYTES, 0, None, everybody)
                 self._share_gpu_memory(payload_bytes, workspace_bytes)
             elif self.transport == HIERARCHICAL:
                 self.hierarchy = self._meet_hosts(payload_bytes, link_inside, name)
@@ -216,7 +217,9 @@ class Communicator:
         problem = next((reason for reason in reasons if reason is not None), None)
         some_together = 1 < len(self.hosts) < self.world_size and not on_gpu
         if asked == HIERARCHICAL and not some_together:
-            problem = "no two ranks share a host" if len(self.hosts) > 1 else "all share one host"
+            problem = (
+                "no two ranks share a host" if len(self.hosts) > 1 else "all ranks share one host"
+            )
         elif some_together and problem is None and asked != own:
             self.transport_reason = f"the ranks run on {len(self.hosts)} hosts"
             return HIERARCHICAL
@@ -238,34 +241,11 @@ class Communicator:
         self.transport_reason = problem
         return TORCH_DISTRIBUTED
 
-    def _meet_hosts(
-        self, payload_bytes: int, link_inside: Link | None, name: str | None
-    ) -> Hierarchy:
+    def _meet_hosts(self, payload_bytes: int, link: Link | None, name: str | None) -> Hierarchy:
         here = next(ranks for ranks in self.hosts if self.rank in ranks)
-        group = None
-        if len(here) > 1:
-            members = [dist.get_global_rank(self.group, rank) for rank in here]
-            group = dist.new_group(members, backend="gloo", use_local_synchronization=True)
-        inside, problem = None, None
-        try:
-            inside = Communicator(
-                group,
-                payload_bytes=payload_bytes,
-                workspace_bytes=0,
-                timeout=self.timeout,
-                link=link_inside,
-            )
-        except UsageError as error:
-            problem = str(error)
-        if group is not None:
-            dist.destroy_process_group(group)  # it has introduced the ranks to each other
-        token = f"commfuse-{secrets.token_hex(8)}"
-        problems, tokens = zip(*self.gather((problem, token)), strict=True)
-        if found := [problem for problem in problems if problem is not None]:
-            if inside is not None:
-                inside.close()
-            raise UsageError(found[0])
-        return Hierarchy(self.group, self.hosts, inside, tokens[0], self.timeout, name)
+        inside = self._share_memory(payload_bytes, 0, link, here)
+        token = self.gather(f"commfuse-{secrets.token_hex(8)}")[0]
+        return Hierarchy(self.group, self.hosts, inside, token, self.timeout, name)
 
     def transport_between(self, a: int, b: int) -> str:
         """What carries data between two ranks.
@@ -335,28 +315,29 @@ class Communicator:
         self._tensors.append(buffer)
         return buffer.local.view(dtype)[:numel].view(*shape)
 
-    def _share_memory(self, payload_bytes: int, workspace_bytes: int):
+    def _share_memory(
+        self, payload_bytes: int, workspace_bytes: int, link: Link | None, members: list[int]
+    ):
+        """The extension's communicator among ``members``, of which this rank is one."""
         native = _extension.require()
-        server, offer = None, [None, None]
-        if self.rank == 0:
+        server, offer = None, (None, None)
+        if self.rank == members[0] and len(members) > 1:
             try:
-                server = native.SegmentServer(self.world_size, payload_bytes, workspace_bytes)
-                offer = [server.address, None]
+                server = native.SegmentServer(len(members), payload_bytes, workspace_bytes)
+                offer = server.address, None
             except RuntimeError as error:
-                offer = [None, str(error)]
-        dist.broadcast_object_list(
-            offer, dist.get_global_rank(self.group, 0), group=self.group, device=None
-        )
-        address, problem = offer
-        if problem is not None:
+                offer = None, str(error)
+        addresses, problems = zip(*self.gather(offer), strict=True)
+        if problem := next((problem for problem in problems if problem is not None), None):
             raise UsageError(problem)
-        latency_ns = self.link.latency_us * 1e3 if self.link else 0.0
-        bytes_per_ns = self.link.gigabytes_per_second if self.link else 0.0
+        if len(members) == 1:
+            return native.Communicator()
+        latency_ns = link.latency_us * 1e3 if link else 0.0
+        bytes_per_ns = link.gigabytes_per_second if link else 0.0
         if server is not None:
             return native.Communicator.serve(server, self.timeout, latency_ns, bytes_per_ns)
-        return native.Communicator.connect(
-            address, self.rank, self.timeout, latency_ns, bytes_per_ns
-        )
+        address, place = addresses[members[0]], members.index(self.rank)
+        return native.Communicator.connect(address, place, self.timeout, latency_ns, bytes_per_ns)
 
     @property
     def handle(self) -> int:
@@ -371,8 +352,7 @@ class Communicator:
     @property
     def emulated(self) -> bool:
         """Whether a link is emulated."""
-        inside = self.hierarchy is not None and self.hierarchy.inside.emulated
-        return self.link is not None or inside
+        return self.link is not None or self.link_inside is not None
 
     @property
     def serves_gpu(self) -> bool:
@@ -553,7 +533,7 @@ class Communicator:
         if self.hierarchy is not None:
             inside = self.hierarchy.inside.statistics()  # its calls are parts of ours
             total.bytes_sent += inside.bytes_sent
-            total.communication_seconds += inside.communication_seconds
+            total.communication_seconds += inside.communication_ns * 1e-9
         if self._native is not None:
             native = self._native.statistics()
             total.calls += native.calls

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 import re
+import time
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,14 +31,11 @@ from commfuse.errors import (
     PeerTimeout,
 )
 
-if TYPE_CHECKING:
-    from commfuse.runtime.communicator import Communicator
-
 # A rank waits a little longer for other hosts than for its own: whoever shares a host with a stuck
 # rank knows better which one it is, and is heard first.
-PATIENCE = timedelta(seconds=2)
+PATIENCE = timedelta(seconds=1)
 # How long a rank that has waited in vain looks for word of a peer that may be waiting for it, too.
-GRACE = timedelta(seconds=1)
+GRACE_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ def cut_pieces(hosts: Sequence[Sequence[int]]) -> tuple[int, list[Piece]]:
 
 @dataclass(frozen=True)
 class _Exchange:
-    """Two messages between this rank and another one: what comes from there, and what is awaited."""
+    """Two messages between this rank and another one: what comes from there; what to wait for."""
 
     there: torch.Tensor
     receiving: dist.Work
@@ -94,7 +92,7 @@ class Hierarchy:
     Args:
         group: of all ranks.
         hosts: the ranks of each, in order.
-        inside: over the ranks of this host.
+        inside: the extension's communicator over the ranks of this host.
         token: of this communicator alone, the same on all ranks.
         timeout: seconds that a rank waits for another.
         name: of the ranks, plural, for errors; or None.
@@ -108,7 +106,7 @@ class Hierarchy:
         self,
         group: dist.ProcessGroup,
         hosts: Sequence[Sequence[int]],
-        inside: Communicator,
+        inside: Any,
         token: str,
         timeout: float,
         name: str | None,
@@ -198,8 +196,11 @@ class Hierarchy:
     # ---- failures ------------------------------------------------------------------------------
 
     @contextmanager
-    def failing_together(self) -> Iterator[None]:
+    def failing_together(self, what: str = "") -> Iterator[None]:
         """Makes a failure in it that of all ranks, and final.
+
+        Args:
+            what: the op, its dtype and shape, of which a call within the host may be a part.
 
         Raises:
             CommunicatorError: the first failure that any rank has found.
@@ -216,12 +217,13 @@ class Hierarchy:
             # From the host's own communicator, which counts its ranks from 0.
             host = next(host for host in self.hosts if self._rank in host)
             text = re.sub(r"\brank (\d+)", lambda found: f"rank {host[int(found[1])]}", str(error))
-            raise self._failed(type(error)(text)) from None
+            part = f" (part of rank {self._rank}'s {what})" if what else ""
+            raise self._failed(type(error)(text + part)) from None
 
     def check(self) -> None:
         """Raises this communicator's failure, if this rank can know of one."""
         with self.failing_together():
-            self.inside.check_host()
+            self.inside.check()
 
     def close(self) -> None:
         """Leaves in order."""
@@ -245,33 +247,42 @@ class Hierarchy:
 
     def _cause(self, peer: int, call: str, said: str) -> CommunicatorError:
         me = f"rank {self._rank}"
-        if "timed out" not in said.lower():
-            if self._word_of(f"closed {peer}") is not None:
-                return CommunicatorClosed(
-                    f"rank {peer} has closed its communicator while {me} was waiting for it in "
-                    f"{call}"
-                )
-            return PeerDied(f"rank {peer} is gone: {me} lost it in {call}: {said}")
+        if self._has_closed(peer):
+            return CommunicatorClosed(
+                f"rank {peer} has closed its communicator while {me} was waiting for it in {call}"
+            )
+        # Two that wait for each other in different calls do so in vain, and the first to give up
+        # ends the connection: each writes down its own call and looks for the other's.
         with suppress(RuntimeError):
             self._store.set(f"call of {self._rank}", call)
-        other = self._word_of(f"call of {peer}")
+        other = self._call_of(peer)
         if other not in (None, call):
             return PeerMismatch(
                 f"rank {peer} called {other} while {me} called {call}: all ranks must make the "
                 "same calls in the same order"
             )
+        if "timed out" not in said.lower():
+            return PeerDied(f"rank {peer} is gone: {me} lost it in {call}: {said}")
         return PeerTimeout(
             f"{me} waited {self._timeout.total_seconds():.3g} s for rank {peer} in {call}. Is that "
             "rank stuck, or did it leave out a call? The limit is Communicator(timeout=)"
         )
 
-    def _word_of(self, key: str) -> str | None:
-        """What a peer has written down, or writes within the grace."""
-        try:
-            self._store.wait([key], GRACE)
+    def _has_closed(self, peer: int) -> bool:
+        with suppress(RuntimeError):
+            return self._store.check([f"closed {peer}"])
+        return False
+
+    def _call_of(self, peer: int) -> str | None:
+        """The call in which a peer has waited in vain, too."""
+        key, end = f"call of {peer}", time.monotonic() + GRACE_SECONDS
+        with suppress(RuntimeError):
+            while not self._store.check([key]):
+                if time.monotonic() > end:
+                    return None
+                time.sleep(0.01)
             return self._store.get(key).decode()
-        except RuntimeError:
-            return None
+        return None
 
     def _failed(self, found: CommunicatorError) -> CommunicatorError:
         """The failure of all, which is the first that was found; this rank leaves."""
