@@ -352,7 +352,8 @@ class Communicator:
     @property
     def emulated(self) -> bool:
         """Whether a link is emulated."""
-        return self.link is not None or self.link_inside is not None
+        inside = self.link_inside if self.hierarchy is not None else None
+        return self.link is not None or inside is not None
 
     @property
     def serves_gpu(self) -> bool:
