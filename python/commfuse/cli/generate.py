@@ -60,7 +60,7 @@ def generate(
     ] = None,
     pp_split: Annotated[
         str | None,
-        typer.Option(help="Layers of each stage, as in 19,11. [default: by the weights' sizes]"),
+        typer.Option(help="Layers of each stage, as in 19,11. [default: by measured cost]"),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="The most tokens to generate.")] = 128,
     temperature: Annotated[
@@ -266,6 +266,7 @@ def _generate(options: _Options, mesh) -> None:
     from commfuse.generation.floors import measure_floors
     from commfuse.models.checkpoint import open_checkpoint
     from commfuse.models.llama import Llama
+    from commfuse.models.stage_costs import measure_costs
     from commfuse.models.stages import cut_stages
     from commfuse.ops import Sampling
 
@@ -277,12 +278,17 @@ def _generate(options: _Options, mesh) -> None:
         else:
             prompts = [tokenizer.encode(text) for text in options.prompts]
         dtype = getattr(torch, options.dtype) if options.dtype else None
-        stages = cut_stages(checkpoint.config, options.pp, options.pp_split)
+        costs = None
+        if options.pp > 1 and options.pp_split is None:
+            group = -(-len(prompts) // options.pp)
+            costs = measure_costs(checkpoint.config, mesh, dtype, group)
+        stages = cut_stages(checkpoint.config, options.pp, options.pp_split, costs=costs)
         model = Llama(checkpoint, mesh.tp, dtype, stages[mesh.pp.rank])
     generator = Generator(model, Pipeline(model, mesh.pp))
     shown = mesh.tp.rank == mesh.pp.rank == 0
     stop_ids = () if options.ignore_eos else model.config.eos_token_ids
-    report = Report(mesh, model, stages, tokenizer, prompts, quiet=options.as_json or not shown)
+    quiet = options.as_json or not shown
+    report = Report(mesh, model, stages, costs, tokenizer, prompts, quiet)
     trace = None if options.trace is None else Trace(options.trace, mesh)
     with report, trace or contextlib.nullcontext():
         result = generator.generate(

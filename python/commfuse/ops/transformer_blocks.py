@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from commfuse.errors import UsageError
+from commfuse.ops._hierarchical import hierarchical_obstacle
 from commfuse.ops._registry import Backend, Op, cpu_obstacle, define, torch_obstacle
 from commfuse.ops.attention import attention
 from commfuse.ops.matmul import PackedWeight, Weight, matmul
@@ -116,36 +117,45 @@ def _cpu(x, residual, blocks, caches, placement, comm, read_next, first_norm, so
     return x, residual
 
 
-def _torch(x, residual, blocks, caches, placement, comm, read_next, first_norm, source, target):
-    for number, (w, cache) in enumerate(zip(blocks, caches, strict=True)):
-        if number == 0 and source is not None:
-            qkv, residual = recv_matmul(
-                len(placement.sequences), source, w.qkv, bias=w.qkv_bias, norm_weight=first_norm,
-                eps=w.eps,
+def _by(name: str):
+    """The five ops, with the sums of that backend."""
+
+    def run(x, residual, blocks, caches, placement, comm, read_next, first_norm, source, target):
+        for number, (w, cache) in enumerate(zip(blocks, caches, strict=True)):
+            if number == 0 and source is not None:
+                qkv, residual = recv_matmul(
+                    len(placement.sequences), source, w.qkv, bias=w.qkv_bias,
+                    norm_weight=first_norm, eps=w.eps,
+                )  # fmt: skip
+            else:
+                qkv = matmul(x, w.qkv, w.qkv_bias)
+            heads = attention(
+                qkv, cache, placement.rotary, placement.sequences, placement.positions, w.heads,
+                (w.q_norm, w.k_norm), w.eps,
             )  # fmt: skip
-        else:
-            qkv = matmul(x, w.qkv, w.qkv_bias)
-        heads = attention(
-            qkv, cache, placement.rotary, placement.sequences, placement.positions, w.heads,
-            (w.q_norm, w.k_norm), w.eps,
-        )  # fmt: skip
-        x, residual = matmul_all_reduce(
-            heads, w.output, comm, bias=w.output_bias, residual=residual,
-            norm_weight=w.middle_norm, eps=w.eps, backend="torch",
-        )  # fmt: skip
-        x, residual = matmul_all_reduce(
-            matmul(x, w.gate_up, w.gate_up_bias), w.down, comm, bias=w.down_bias,
-            residual=residual, norm_weight=w.next_norm, eps=w.eps, backend="torch",
-        )  # fmt: skip
-    if target is not None:
-        send(residual, target)
-        return residual[:0], residual[:0]
-    return x, residual
+            x, residual = matmul_all_reduce(
+                heads, w.output, comm, bias=w.output_bias, residual=residual,
+                norm_weight=w.middle_norm, eps=w.eps, backend=name,
+            )  # fmt: skip
+            x, residual = matmul_all_reduce(
+                matmul(x, w.gate_up, w.gate_up_bias), w.down, comm, bias=w.down_bias,
+                residual=residual, norm_weight=w.next_norm, eps=w.eps, backend=name,
+            )  # fmt: skip
+        if target is not None:
+            send(residual, target)
+            return residual[:0], residual[:0]
+        return x, residual
+
+    return run
 
 
 OP = Op(
     "transformer_blocks",
-    (Backend("cpu", _cpu, cpu_obstacle), Backend("torch", _torch, torch_obstacle)),
+    (
+        Backend("cpu", _cpu, cpu_obstacle),
+        Backend("hierarchical", _by("hierarchical"), hierarchical_obstacle),
+        Backend("torch", _by("torch"), torch_obstacle),
+    ),
 )
 
 
@@ -185,7 +195,8 @@ def transformer_blocks(
         first_norm: [hidden], RMSNorm in front of the first block, with ``source``.
         source: a channel that brings the residual from the stage before.
         target: a channel that takes the residual to the next stage.
-        backend: ``"auto"``, ``"cpu"`` or ``"torch"`` (the five ops, with torch.distributed).
+        backend: ``"auto"``, ``"cpu"``, ``"hierarchical"`` or ``"torch"`` (the last two: the five
+            ops, with their sums).
 
     Returns:
         (RMSNorm(residual') · next_norm of the last block, residual'), [tokens, hidden] each; with

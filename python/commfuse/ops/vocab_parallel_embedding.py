@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from commfuse.ops._hierarchical import hierarchical_obstacle
 from commfuse.ops._registry import Backend, Op, cpu_obstacle, define, torch_obstacle
 from commfuse.ops.all_reduce import all_reduce
 from commfuse.ops.all_reduce_rms_norm import all_reduce_rms_norm
@@ -54,6 +55,7 @@ OP = Op(
     "vocab_parallel_embedding",
     (
         Backend("cpu", _with_backend("cpu"), cpu_obstacle),
+        Backend("hierarchical", _with_backend("hierarchical"), hierarchical_obstacle),
         Backend("torch", _with_backend("torch"), torch_obstacle),
     ),
 )
@@ -78,7 +80,7 @@ def vocab_parallel_embedding(
         comm: every rank must call.
         norm_weight: [hidden], of an RMSNorm behind the embedding.
         eps: of RMSNorm.
-        backend: ``"auto"``, ``"cpu"`` or ``"torch"``.
+        backend: ``"auto"``, ``"cpu"``, ``"hierarchical"`` or ``"torch"``.
 
     Returns:
         [rows, hidden], equal on all ranks, zero for ids that no rank holds; with ``norm_weight``
