@@ -17,6 +17,7 @@ from triton.compiler import ASTSource
 from commfuse.triton_kernels import (
     all_reduce,
     all_reduce_rms_norm,
+    attention,
     matmul_all_reduce,
     vocab_parallel_sample,
 )
@@ -38,7 +39,7 @@ def compiled(architecture: int, kernel, signature: dict, constants: dict, num_wa
     """The kernel as it is launched for 16-byte aligned tensors of a multiple of 16 elements."""
     types = dict.fromkeys(kernel.arg_names, "i32") | signature
     types |= dict.fromkeys(constants, "constexpr")
-    sizes = {"numel", "columns", "depth"} - set(kernel.do_not_specialize)
+    sizes = {"numel", "columns", "depth", "dim", "max_length"} - set(kernel.do_not_specialize)
     aligned = [name for name, kind in types.items() if kind.startswith("*") or name in sizes]
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     return triton.compile(
@@ -62,6 +63,9 @@ def variants(architecture: int):
             yield "verify_chain", variant, drawing(architecture, pointee, layout)
         if architecture != 90 and variant != EVERYWHERE:
             continue  # each takes seconds
+
+        for name, kernel in attending(architecture, dtype, pointee):
+            yield name, variant, kernel
 
         names = ("x", "residual", "weight", "summed", "normalised")
         signature = {**dict.fromkeys(names, tensor), "addresses": "*i64", "eps": "fp32"}
@@ -87,6 +91,40 @@ def variants(architecture: int):
             variant,
             compiled(architecture, kernel, signature, constants, warps),
         )
+
+
+def attending(architecture: int, dtype: torch.dtype, pointee: str):
+    """(name, kernel) of attention over heads of 128, four to a KV head."""
+    tensors = ("qkv", "q", "k_cache", "v_cache", "q_norm", "k_norm", "out")
+    signature = {
+        **dict.fromkeys(tensors, f"*{pointee}"),
+        **dict.fromkeys(("sequences", "positions"), "*i64"),
+        **dict.fromkeys(("cos", "sin", "totals", "sums"), "*fp32"),
+        **dict.fromkeys(("eps", "scale"), "fp32"),
+    }  # fmt: skip
+    keys, dim, group = attention.keys_at_once(dtype), 128, 4
+    rows, part = attention.prefill_rows(group), attention.PART
+    for kernel, warps, constants in (
+        (attention.append_kernel, 1, {"HALF": dim // 2}),
+        (
+            attention.decode_kernel,
+            attention.NUM_WARPS,
+            {"GROUP": attention.DOT_ROWS, "PART": part, "KEYS": keys, "DIM": dim},
+        ),
+        (
+            attention.join_kernel,
+            attention.NUM_WARPS,
+            {"PART": part, "AT_ONCE": attention.PARTS_AT_ONCE, "DIM": dim},
+        ),
+        (
+            attention.prefill_kernel,
+            attention.NUM_WARPS,
+            {"ROWS": rows, "GROUP": group, "KEYS": keys, "DIM": dim},
+        ),
+    ):
+        own = {name: kind for name, kind in signature.items() if name in kernel.arg_names}
+        name = kernel.fn.__name__.removesuffix("_kernel")
+        yield name, compiled(architecture, kernel, own, constants, warps)
 
 
 def drawing(architecture: int, pointee: str, layout: Layout):

@@ -124,3 +124,14 @@ def test_blocks_of_one_gpu_meet_at_its_scope(compiled):
         bool(re.search(r"atom\.global\.gpu\.release\.exch", fused[v]["ptx"])) for v in VARIANTS
     ]
     assert meeting == [False, True, False]  # with the norm alone
+
+
+@pytest.mark.parametrize(("architecture", "variant"), FUSED)
+@pytest.mark.parametrize("kernel", ["append", "decode", "join", "prefill"])
+def test_attention_fits_the_gpu(compiled, architecture, variant, kernel):
+    result = compiled[str(architecture)][kernel][variant]
+    assert result["cubin_bytes"] > 0
+    assert result["shared_bytes"] <= 163 * 1024
+    if "float32" not in variant:
+        assert result["STACK"] == 0  # no register is spilled
+        assert kernel in ("append", "join") or "mma" in result["ptx"]

@@ -76,7 +76,7 @@ def _cuda(x, w, *rest):
 
 
 def _torch(x, w, comm, bias, residual, norm_weight, eps):
-    total = comm.torch_all_reduce(matmul(x, w))
+    total = comm.torch_all_reduce(matmul(x, w, backend="torch"))
     for addend in (bias, residual):
         if addend is not None:
             total += addend

@@ -8,9 +8,16 @@ from dataclasses import dataclass
 import torch
 
 from commfuse.errors import UsageError
-from commfuse.ops._registry import Backend, Op, cpu_obstacle, define, torch_obstacle
+from commfuse.ops._registry import (
+    Backend,
+    Op,
+    cpu_obstacle,
+    cuda_obstacle,
+    define,
+    torch_obstacle,
+)
 from commfuse.ops.attention import attention
-from commfuse.ops.matmul import PackedWeight, Weight, matmul
+from commfuse.ops.matmul import PackedWeight, Weight, gated_features, gated_matmul, matmul
 from commfuse.ops.matmul_all_reduce import matmul_all_reduce
 from commfuse.ops.recv import recv
 from commfuse.ops.recv_matmul import recv_matmul
@@ -27,11 +34,14 @@ class Placement:
         sequences: int64 [tokens], the cache's sequence of each.
         positions: int64 [tokens].
         rotary: cos and sin, float32 [positions, head_dim / 2].
+        span: of a decoding step, a number that no position reaches; None: a prefill. See
+            :func:`~commfuse.ops.attention`.
     """
 
     sequences: torch.Tensor
     positions: torch.Tensor
     rotary: tuple[torch.Tensor, torch.Tensor]
+    span: int | None = None
 
 
 @dataclass(frozen=True)
@@ -41,7 +51,8 @@ class BlockWeights:
     Attributes:
         qkv: [(heads + 2 kv_heads) * head_dim, hidden]: Q, K and V put together.
         output: [hidden, heads * head_dim].
-        gate_up: gate and up as :func:`~commfuse.ops.pack_gate_up` makes them.
+        gate_up: gate and up as :func:`~commfuse.ops.pack_gate_up` makes them; on a GPU one behind
+            the other, [2 features of this rank, hidden].
         down: [hidden, features of this rank].
         middle_norm, next_norm: [hidden], RMSNorm between the halves and behind the block.
         heads: (query heads of this rank, global index of the first, query heads per KV head).
@@ -52,7 +63,7 @@ class BlockWeights:
 
     qkv: Weight
     output: Weight
-    gate_up: PackedWeight
+    gate_up: Weight
     down: Weight
     middle_norm: torch.Tensor
     next_norm: torch.Tensor
@@ -116,36 +127,46 @@ def _cpu(x, residual, blocks, caches, placement, comm, read_next, first_norm, so
     return x, residual
 
 
-def _torch(x, residual, blocks, caches, placement, comm, read_next, first_norm, source, target):
-    for number, (w, cache) in enumerate(zip(blocks, caches, strict=True)):
-        if number == 0 and source is not None:
-            qkv, residual = recv_matmul(
-                len(placement.sequences), source, w.qkv, bias=w.qkv_bias, norm_weight=first_norm,
-                eps=w.eps,
+def _in_turn(backend: str):
+    """The five ops of each block; ``backend`` is that of all but attention."""
+
+    def run(x, residual, blocks, caches, placement, comm, read_next, first_norm, source, target):
+        for number, (w, cache) in enumerate(zip(blocks, caches, strict=True)):
+            if number == 0 and source is not None:
+                qkv, residual = recv_matmul(
+                    len(placement.sequences), source, w.qkv, bias=w.qkv_bias,
+                    norm_weight=first_norm, eps=w.eps,
+                )  # fmt: skip
+            else:
+                qkv = matmul(x, w.qkv, w.qkv_bias, backend=backend)
+            heads = attention(
+                qkv, cache, placement.rotary, placement.sequences, placement.positions, w.heads,
+                (w.q_norm, w.k_norm), w.eps, span=placement.span,
             )  # fmt: skip
-        else:
-            qkv = matmul(x, w.qkv, w.qkv_bias)
-        heads = attention(
-            qkv, cache, placement.rotary, placement.sequences, placement.positions, w.heads,
-            (w.q_norm, w.k_norm), w.eps,
-        )  # fmt: skip
-        x, residual = matmul_all_reduce(
-            heads, w.output, comm, bias=w.output_bias, residual=residual,
-            norm_weight=w.middle_norm, eps=w.eps, backend="torch",
-        )  # fmt: skip
-        x, residual = matmul_all_reduce(
-            matmul(x, w.gate_up, w.gate_up_bias), w.down, comm, bias=w.down_bias,
-            residual=residual, norm_weight=w.next_norm, eps=w.eps, backend="torch",
-        )  # fmt: skip
-    if target is not None:
-        send(residual, target)
-        return residual[:0], residual[:0]
-    return x, residual
+            x, residual = matmul_all_reduce(
+                heads, w.output, comm, bias=w.output_bias, residual=residual,
+                norm_weight=w.middle_norm, eps=w.eps, backend=backend,
+            )  # fmt: skip
+            x, residual = matmul_all_reduce(
+                gated_matmul(x, w.gate_up, w.gate_up_bias, backend=backend), w.down, comm,
+                bias=w.down_bias, residual=residual, norm_weight=w.next_norm, eps=w.eps,
+                backend=backend,
+            )  # fmt: skip
+        if target is not None:
+            send(residual, target)
+            return residual[:0], residual[:0]
+        return x, residual
+
+    return run
 
 
 OP = Op(
     "transformer_blocks",
-    (Backend("cpu", _cpu, cpu_obstacle), Backend("torch", _torch, torch_obstacle)),
+    (
+        Backend("cpu", _cpu, cpu_obstacle),
+        Backend("cuda", _in_turn("cuda"), cuda_obstacle),
+        Backend("torch", _in_turn("torch"), torch_obstacle),
+    ),
 )
 
 
@@ -166,8 +187,9 @@ def transformer_blocks(
     """Attention and gated MLP of consecutive layers, with their all-reduces and RMSNorms.
 
     The same as :func:`matmul`, :func:`attention`, :func:`matmul_all_reduce`, :func:`matmul` and
-    :func:`matmul_all_reduce` for each block in turn, bit for bit, without returning to Python in
-    between: at one token that would take as long as reading the weights of the smaller layers.
+    :func:`matmul_all_reduce` for each block in turn, bit for bit. On the CPU without returning to
+    Python in between: at one token that would take as long as reading the weights of the smaller
+    layers. On a GPU a CUDA graph does the same (docs/modules.md).
 
     Between pipeline stages it begins with :func:`recv_matmul` and ends with :func:`matmul_send`, or
     on several ranks with :func:`send`; only the residual travels.
@@ -185,7 +207,8 @@ def transformer_blocks(
         first_norm: [hidden], RMSNorm in front of the first block, with ``source``.
         source: a channel that brings the residual from the stage before.
         target: a channel that takes the residual to the next stage.
-        backend: ``"auto"``, ``"cpu"`` or ``"torch"`` (the five ops, with torch.distributed).
+        backend: ``"auto"``, ``"cpu"``, or ``"cuda"`` or ``"torch"``: the five ops, with this
+            backend, in turn.
 
     Returns:
         (RMSNorm(residual') · next_norm of the last block, residual'), [tokens, hidden] each; with
@@ -204,13 +227,13 @@ def transformer_blocks(
     if len(caches) != len(blocks) or not blocks:
         raise UsageError(f"transformer_blocks: {len(blocks)} blocks and {len(caches)} caches")
     first = blocks[0]
-    sizes = (first.heads, first.gate_up.out_features, first.eps)
+    sizes = (first.heads, gated_features(first.gate_up), first.eps)
     for number, w in enumerate(blocks):
-        if (w.heads, w.gate_up.out_features, w.eps) != sizes:
+        own = (w.heads, gated_features(w.gate_up), w.eps)
+        if own != sizes:
             raise UsageError(
                 "transformer_blocks: (heads, features, eps) of block 0 and block "
-                f"{number} differ: {sizes} and {(w.heads, w.gate_up.out_features, w.eps)}; call "
-                "it once for each run of equal blocks"
+                f"{number} differ: {sizes} and {own}; call it once for each run of equal blocks"
             )
     like = source.no_rows if x is None else x
     run = OP.select(backend, comm, like, isinstance(first.qkv, PackedWeight))

@@ -7,7 +7,14 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from commfuse.ops._registry import Backend, Op, cpu_obstacle, define, torch_obstacle
+from commfuse.ops._registry import (
+    Backend,
+    Op,
+    cpu_obstacle,
+    cuda_obstacle,
+    define,
+    torch_obstacle,
+)
 from commfuse.ops.all_reduce import all_reduce
 from commfuse.ops.all_reduce_rms_norm import all_reduce_rms_norm
 from commfuse.ops.matmul import PackedWeight, Weight
@@ -54,6 +61,7 @@ OP = Op(
     "vocab_parallel_embedding",
     (
         Backend("cpu", _with_backend("cpu"), cpu_obstacle),
+        Backend("cuda", _with_backend("cuda"), cuda_obstacle),
         Backend("torch", _with_backend("torch"), torch_obstacle),
     ),
 )
@@ -78,7 +86,7 @@ def vocab_parallel_embedding(
         comm: every rank must call.
         norm_weight: [hidden], of an RMSNorm behind the embedding.
         eps: of RMSNorm.
-        backend: ``"auto"``, ``"cpu"`` or ``"torch"``.
+        backend: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"torch"``.
 
     Returns:
         [rows, hidden], equal on all ranks, zero for ids that no rank holds; with ``norm_weight``
