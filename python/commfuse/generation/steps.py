@@ -330,6 +330,8 @@ class Steps:
 
     def _verify(self, logits: torch.Tensor, inputs: Inputs, sizes: Sizes) -> torch.Tensor:
         """Of every request its drafts as far as they hold, and the token behind them."""
+        if logits.is_cpu:  # where no rows may follow; on a GPU their number is not known here
+            logits = logits[: int(inputs.counts.sum()) + sizes.requests]
         tokens, accepted, logs = ops.verify_chain(
             logits,
             inputs.drafts.view(sizes.requests, sizes.drafts),
