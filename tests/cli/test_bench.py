@@ -234,7 +234,6 @@ BAD = {
     "--link: links are emulated between ranks on the CPU": [
         *("all_reduce", "--device", "cuda", "--link", "pcie4"),
     ],
-    "--device cuda: bench generate runs on the CPU": ["generate", "--device", "cuda"],
     "--cases some: use quick or all": ["all_reduce", "--cases", "some"],
     "--iterations 0: at least 1": ["all_reduce", "--iterations", "0"],
     "unknown link 'warp'": ["all_reduce", "--link", "warp"],
