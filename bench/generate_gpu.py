@@ -50,7 +50,7 @@ def run_generate(
     runs: int | None,
     as_json: bool,
     lab: GpuLab,
-) -> None:
+) -> list[dict]:
     """Measures every number of ranks and, on one rank, transformers; prints the rows.
 
     Raises:
@@ -79,6 +79,7 @@ def run_generate(
         rows += _show(make_rows(run_job(job, ours, ranks, lab), job, rows), as_json)
     if not as_json:
         print_gpu_generate_table(rows)
+    return rows
 
 
 def _show(rows: list[dict], as_json: bool) -> list[dict]:

@@ -8,6 +8,7 @@ import pytest
 from commfuse.bench import generate_gpu
 from commfuse.bench.generate_gpu_worker import Job
 from commfuse.bench.table import print_gpu_generate_table
+from commfuse.cli.demo import gpu_verdict
 from commfuse.errors import UsageError
 
 LAB = SimpleNamespace(environment=lambda ranks: {"OMP_NUM_THREADS": "1"})
@@ -65,6 +66,18 @@ def test_rows_and_their_table(capsys):
     print_gpu_generate_table(rows)
     printed = capsys.readouterr().out
     assert "1.25" in printed and "2.40x" in printed and "NVIDIA H100" in printed
+
+
+def test_the_demo_says_what_rows_show():
+    rows = generate_gpu.make_rows(report({"transformers": 6000.0}, needed=None), JOB, [])
+    for ranks, ours, torchs in ((1, 2500.0, 5000.0), (2, 2000.0, 3000.0)):
+        made = report({"cuda": ours, "torch": torchs}, ranks, 2_000_000_000)
+        rows += generate_gpu.make_rows(made, JOB, rows)
+    text = gpu_verdict(rows, 2)
+    assert "2.50 ms, 1.25 times what copying its bytes would; transformers' takes 2.40" in text
+    assert "On 2 ranks it takes 2.00 ms" in text and "1.50 times as long" in text
+    assert "2 ranks share 1 GPU (MPS)" in text
+    assert gpu_verdict(rows[:3], 1).endswith("as long.")
 
 
 @pytest.mark.parametrize(
