@@ -24,7 +24,7 @@ PART = 128  # keys of a block in decoding; what a row's bits depend on, so never
 PARTS_AT_ONCE = 16  # that are joined in one step
 DOT_ROWS = 16  # the fewest that tensor cores multiply
 PREFILL_ROWS = 64  # queries of a block, rows times heads of a group
-NUM_WARPS = 4
+NUM_WARPS, PREFILL_WARPS = 4, 8
 
 
 @triton.jit
@@ -271,12 +271,13 @@ def attention(
         heads, kv_heads, max_length, dim, eps, HALF=padded(dim // 2), num_warps=1,
     )  # fmt: skip
     sizes = (heads, kv_heads, head_offset, group, max_length, dim, math.log2(math.e) / dim**0.5)
-    blocks = {"KEYS": keys_at_once(qkv.dtype), "DIM": padded(dim, DOT_ROWS), "num_warps": NUM_WARPS}
+    blocks = {"KEYS": keys_at_once(qkv.dtype), "DIM": padded(dim, DOT_ROWS)}
     if span is None:
         of_block = prefill_rows(group)
         prefill_kernel[(triton.cdiv(rows, of_block), kv_heads)](
             q, k_cache, v_cache, sequences, positions, out, rows, *sizes,
-            ROWS=of_block, GROUP=padded(group, DOT_ROWS // of_block), **blocks,
+            ROWS=of_block, GROUP=padded(group, DOT_ROWS // of_block), num_warps=PREFILL_WARPS,
+            **blocks,
         )  # fmt: skip
         return out
     parts = triton.cdiv(min(span, max_length), PART)
@@ -284,7 +285,7 @@ def attention(
     sums = torch.empty(rows, heads, parts, 2, dtype=torch.float32, device=qkv.device)
     decode_kernel[(rows, kv_heads, parts)](
         q, k_cache, v_cache, sequences, positions, totals, sums, *sizes,
-        GROUP=padded(group, DOT_ROWS), PART=PART, **blocks,
+        GROUP=padded(group, DOT_ROWS), PART=PART, num_warps=NUM_WARPS, **blocks,
     )  # fmt: skip
     join_kernel[(rows, heads)](
         totals, sums, positions, out, heads, parts, dim, PART=PART, AT_ONCE=PARTS_AT_ONCE,

@@ -77,7 +77,7 @@ def prefill() -> list[str]:
         (torch.float32, (3, 1), 48, True),
     ):
         name = f"{dtype}, heads {heads} of {dim}"
-        made = Sequences(dtype, heads, dim, (1, 5, 21), norms)
+        made = Sequences(dtype, heads, dim, (1, 4, 18), norms)
         runs = [(s, 0, n) for s, n in enumerate(made.lengths)]
         whole = made.attend(made.caches(), runs)
         parts = whole.split(list(made.lengths))
@@ -87,7 +87,7 @@ def prefill() -> list[str]:
                 failures.append(f"{name}: sequence {sequence} errs by {error:.2g}")
         caches = made.caches()
         made.attend(caches, [(2, 0, 9), (1, 0, 3)])
-        mixed = made.attend(caches, [(2, 9, 21), (1, 3, 5), (0, 0, 1)])
+        mixed = made.attend(caches, [(2, 9, 18), (1, 3, 4), (0, 0, 1)])
         if digest(mixed) != digest(torch.cat((parts[2][9:], parts[1][3:], parts[0]))):
             failures.append(f"{name}: cut elsewhere, other bits")
     return failures
@@ -96,27 +96,25 @@ def prefill() -> list[str]:
 def decoding() -> list[str]:
     """Rows over parts of their keys, alone and in company, behind rejected drafts."""
     failures = []
-    for dtype in (torch.bfloat16, torch.float32):
-        made = Sequences(dtype, (2, 1), 16, (3, module.PART + 10), False)
-        caches, last = made.caches(), made.lengths[1]
-        made.attend(caches, [(0, 0, 2), (1, 0, last - 4)])
-        step = [(1, last - 4, last), (0, 2, 3)]
-        together = made.attend(caches, step, span=last)
-        for place, (sequence, position) in enumerate(
-            [*((1, last - 4 + i) for i in range(4)), (0, 2)]
-        ):
-            error = (together[place].double() - made.exact(sequence)[position]).abs().max()
-            if not error <= made.allowed(sequence):
-                failures.append(f"{dtype}: sequence {sequence} errs by {error:.2g} at {position}")
-        # The same positions again, one after the other, over a larger grid.
-        alone = [made.attend(caches, [(1, p, p + 1)], span=4 * last) for p in range(last - 4, last)]
-        if digest(torch.cat(alone)) != digest(together[:4]):
-            failures.append(f"{dtype}: a row's bits depend on its company")
-        # A cache with nothing behind the prompt, instead of what drafts had left there.
-        fresh = made.caches()
-        made.attend(fresh, [(0, 0, 2), (1, 0, last - 4)])
-        if digest(made.attend(fresh, step[:1], span=last)) != digest(together[:4]):
-            failures.append(f"{dtype}: what lies behind the positions in use is read")
+    made = Sequences(torch.bfloat16, (2, 1), 16, (2, module.PART + 6), False)
+    caches, last = made.caches(), made.lengths[1]
+    made.attend(caches, [(0, 0, 1), (1, 0, last - 3)])
+    step = [(1, last - 3, last), (0, 1, 2)]
+    together = made.attend(caches, step, span=last)
+    places = [*((1, position) for position in range(last - 3, last)), (0, 1)]
+    for out, (sequence, position) in zip(together, places, strict=True):
+        error = (out.double() - made.exact(sequence)[position]).abs().max()
+        if not error <= made.allowed(sequence):
+            failures.append(f"sequence {sequence} errs by {error:.2g} at {position}")
+    # The same positions again, one after the other, over a larger grid.
+    alone = [made.attend(caches, [(1, p, p + 1)], span=4 * last) for p in range(last - 3, last)]
+    if digest(torch.cat(alone)) != digest(together[:3]):
+        failures.append("a row's bits depend on its company")
+    # Nothing behind the prompt, instead of what was there before.
+    for cache in caches:
+        cache[:, :, last - 3 :] = torch.nan
+    if digest(made.attend(caches, step[:1], span=last)) != digest(together[:3]):
+        failures.append("what lies behind the positions in use is read")
     many = module.PARTS_AT_ONCE * module.PART + 5  # more parts than are joined in one step
     made = Sequences(torch.float32, (1, 1), 16, (many,), False)
     caches = made.caches()

@@ -27,6 +27,7 @@ VARIANTS = [(torch.bfloat16, "bf16", 2), (torch.float16, "fp16", 3), (torch.floa
 HIDDEN = 8192
 SLOT_BYTES, MAX_BLOCKS = 1 << 20, 128
 EVERYWHERE = "float16 W=3"  # of the fused ops; the other variants for compute 9.0 alone
+ATTENDING = [(80, "float16 W=3"), (90, "bfloat16 W=2")]  # of attention
 # Rows and options of the GEMM's variants.
 DECODING = [
     (1, ()),
@@ -64,8 +65,9 @@ def variants(architecture: int):
         if architecture != 90 and variant != EVERYWHERE:
             continue  # each takes seconds
 
-        for name, kernel in attending(architecture, dtype, pointee):
-            yield name, variant, kernel
+        if (architecture, variant) in ATTENDING:
+            for name, kernel in attending(architecture, dtype, pointee):
+                yield name, variant, kernel
 
         names = ("x", "residual", "weight", "summed", "normalised")
         signature = {**dict.fromkeys(names, tensor), "addresses": "*i64", "eps": "fp32"}
@@ -118,7 +120,7 @@ def attending(architecture: int, dtype: torch.dtype, pointee: str):
         ),
         (
             attention.prefill_kernel,
-            attention.NUM_WARPS,
+            attention.PREFILL_WARPS,
             {"ROWS": rows, "GROUP": group, "KEYS": keys, "DIM": dim},
         ),
     ):
