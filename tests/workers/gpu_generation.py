@@ -190,7 +190,9 @@ def recipe(comm) -> Found:
     inputs, angles = torch.randn(steps, 1, 96), torch.randn(16, 8)
 
     def block_on(comm, device):
-        made = ParallelBlock.from_block(Layer().to("meta"), comm)
+        with torch.device("meta"):
+            empty = Layer()
+        made = ParallelBlock.from_block(empty, comm)
         made.load_state_dict({name: x.to(device) for name, x in whole.state_dict().items()})
         heads = len(made.self_attn.shard.kv)
         return made, KVCache(1, 1, heads, 16, 16, torch.float32, device).layers[0]
