@@ -1,4 +1,4 @@
-"""In Triton's interpreter: attention as it runs on GPUs, against float64 and against itself."""
+"""In Triton's interpreter: the kernels of a block that no rank waits in, against float64."""
 
 import torch
 
@@ -7,6 +7,7 @@ from commfuse.errors import CommfuseError
 from commfuse.ops.attention import reference
 from commfuse.testing.numerics import digest
 from commfuse.triton_kernels import attention as module
+from commfuse.triton_kernels import silu_mul
 
 EPS = 1e-5
 
@@ -144,6 +145,19 @@ def head_shards() -> list[str]:
     return failures
 
 
+def gated() -> list[str]:
+    """silu(gate) · up behind the GEMM, over more than one block."""
+    failures, silu_mul.BLOCK = [], 32
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        x = (torch.randn(3, 100, generator=torch.Generator().manual_seed(1)) * 4).to(dtype)
+        gate, up = x.double().chunk(2, dim=1)
+        exact = torch.nn.functional.silu(gate) * up
+        error = (silu_mul.silu_mul(x).double() - exact).abs()
+        if not (error <= torch.finfo(dtype).eps * exact.abs() + 1e-6).all():
+            failures.append(f"{dtype}: {error.max():.2g}")
+    return failures
+
+
 def errors() -> list[str]:
     """Messages of calls that do not fit."""
     made, found = Sequences(torch.float32, (4, 2), 16, (2,), False), []
@@ -156,8 +170,11 @@ def errors() -> list[str]:
     return found
 
 
+CHECKS = (prefill, decoding, head_shards, gated, errors)
+
+
 def run() -> dict[str, list[str]]:
     # Small, since the interpreter is slow; the loops still go round more than once.
     module.PART, module.PARTS_AT_ONCE, module.PREFILL_ROWS = 32, 2, 16
     module.keys_at_once = lambda dtype: 16
-    return {check.__name__: check() for check in (prefill, decoding, head_shards, errors)}
+    return {check.__name__: check() for check in CHECKS}

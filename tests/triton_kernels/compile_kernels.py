@@ -19,6 +19,7 @@ from commfuse.triton_kernels import (
     all_reduce_rms_norm,
     attention,
     matmul_all_reduce,
+    silu_mul,
     vocab_parallel_sample,
 )
 from commfuse.triton_kernels.workspace import Layout
@@ -40,7 +41,9 @@ def compiled(architecture: int, kernel, signature: dict, constants: dict, num_wa
     """The kernel as it is launched for 16-byte aligned tensors of a multiple of 16 elements."""
     types = dict.fromkeys(kernel.arg_names, "i32") | signature
     types |= dict.fromkeys(constants, "constexpr")
-    sizes = {"numel", "columns", "depth", "dim", "max_length"} - set(kernel.do_not_specialize)
+    sizes = {"numel", "columns", "depth", "dim", "max_length", "features"} - set(
+        kernel.do_not_specialize
+    )
     aligned = [name for name, kind in types.items() if kind.startswith("*") or name in sizes]
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     return triton.compile(
@@ -96,8 +99,8 @@ def variants(architecture: int):
 
 
 def attending(architecture: int, dtype: torch.dtype, pointee: str):
-    """(name, kernel) of attention over heads of 128, four to a KV head."""
-    tensors = ("qkv", "q", "k_cache", "v_cache", "q_norm", "k_norm", "out")
+    """(name, kernel) of attention over heads of 128, four to a KV head, and of gated features."""
+    tensors = ("qkv", "q", "k_cache", "v_cache", "q_norm", "k_norm", "out", "gate_up")
     signature = {
         **dict.fromkeys(tensors, f"*{pointee}"),
         **dict.fromkeys(("sequences", "positions"), "*i64"),
@@ -107,6 +110,7 @@ def attending(architecture: int, dtype: torch.dtype, pointee: str):
     keys, dim, group = attention.keys_at_once(dtype), 128, 4
     rows, part = attention.prefill_rows(group), attention.PART
     for kernel, warps, constants in (
+        (silu_mul.silu_mul_kernel, 4, {"BLOCK": silu_mul.BLOCK}),
         (attention.append_kernel, 1, {"HALF": dim // 2}),
         (
             attention.decode_kernel,

@@ -1,4 +1,4 @@
-"""Attention as it runs on GPUs, in Triton's interpreter."""
+"""Attention and gated features as they run on GPUs, in Triton's interpreter."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ def found():
     return run_ranks(f"{WORKER}:run", 1, timeout=120, env={"TRITON_INTERPRET": "1"})[0]
 
 
-@pytest.mark.parametrize("check", ["prefill", "decoding", "head_shards"])
+@pytest.mark.parametrize("check", ["prefill", "decoding", "head_shards", "gated"])
 def test_attention(found, check):
     assert found[check] == []
 

@@ -127,7 +127,7 @@ def test_blocks_of_one_gpu_meet_at_its_scope(compiled):
 
 
 @pytest.mark.parametrize(("architecture", "variant"), [(80, "float16 W=3"), (90, "bfloat16 W=2")])
-@pytest.mark.parametrize("kernel", ["append", "decode", "join", "prefill"])
+@pytest.mark.parametrize("kernel", ["append", "decode", "join", "prefill", "silu_mul"])
 def test_attention_fits_the_gpu(compiled, architecture, variant, kernel):
     result = compiled[str(architecture)][kernel][variant]
     assert result["cubin_bytes"] > 0
