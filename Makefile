@@ -33,7 +33,8 @@ GPU_RUN = env PYTHONPATH="$(GPU_PATH)" PYTHONUNBUFFERED=1 "$(GPU_PYTHON)"
 .PHONY: gpu-setup gpu-test gpu-bench
 
 help:
-	@echo 'make demo        set everything up and generate text with a model split over two processes'
+	@echo 'make demo        set everything up and generate text with a model split over two processes;'
+	@echo '                 on a machine with a GPU there, against torch and transformers (ARGS="--device cpu")'
 	@echo 'make test        set everything up and run the tests (at most 10 minutes on 2 cores)'
 	@echo 'make test-long   the soaks and the large statistical tests'
 	@echo 'make bench       check and time the ops: make bench OPS=all_reduce ARGS="--ranks 2 --json"'

@@ -184,6 +184,37 @@ def print_generate_table(rows: list[dict]) -> None:
     print_provenance(first, output)
 
 
+def print_gpu_generate_table(rows: list[dict]) -> None:
+    """Prints the rows of ``bench generate --device cuda``."""
+    first, shape = rows[0], rows[0]["shape"]
+    table = Table(
+        title=(
+            f"decoding, {first['model']} with made-up weights, {first['dtype']}, batch 1, greedy, "
+            f"{shape['prompt_tokens']} + {shape['new_tokens']} tokens"
+        ),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    table.add_column("backend", no_wrap=True)
+    for name in ("ranks", "ms a step", "floor", "times floor", "to torch", "to HF", "TTFT ms"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        floor = row["floor_us"]
+        table.add_row(
+            row["backend"],
+            str(row["ranks"]),
+            f"{row['p50_us'] / 1e3:.2f}",
+            "" if floor is None else f"{floor / 1e3:.2f}",
+            "" if floor is None else f"{row['times_floor']:.2f}",
+            ratio_text(row["times_faster_than_torch"], "torch"),
+            ratio_text(row["vs_transformers"], "transformers"),
+            f"{row['ttft_ms']:.1f}",
+        )
+    output = console()
+    output.print(table)
+    print_provenance(first, output)
+
+
 def read_rows(paths: Iterable[str | Path]) -> list[dict]:
     """The rows in files of JSON lines, in order."""
     lines = (line for path in paths for line in Path(path).read_text().splitlines())

@@ -97,7 +97,13 @@ std::pair<at::Tensor, at::Tensor> summed_product(const at::Tensor& x, const at::
     result = unfused(call, descriptor, dtype, x, w, tail);
   } else if (!fused) {
     call.communicator.check();
-    out = at::linear(x, w, tail.bias);
+    if (matmul_serves(x) && n > 0) {  // as on several ranks, bits do not depend on the batch
+      out = at::empty({m, n}, x.options());
+      matmul(matmul_args(x, w, call.gpu().max_blocks(), call.stream), data_or_null(tail.bias),
+             out.mutable_data_ptr(), call.stream);
+    } else {
+      out = at::linear(x, w, tail.bias);
+    }
     if (tail.residual) out.add_(*tail.residual);
     if (tail.norm_weight) {
       y = at::empty_like(out);

@@ -245,7 +245,6 @@ BAD = {
     "--link: links are emulated between ranks on the CPU": [
         *("all_reduce", "--device", "cuda", "--link", "pcie4"),
     ],
-    "--device cuda: bench generate runs on the CPU": ["generate", "--device", "cuda"],
     "--configurations belongs to bench generate": ["all_reduce", "--configurations", "tp2"],
     "--cases some: use quick or all": ["all_reduce", "--cases", "some"],
     "--only: no case of all_gather has all of the words 'batch=3'": [

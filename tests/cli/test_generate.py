@@ -51,6 +51,11 @@ def test_sampling_options_are_of_a_prompt_and_hold_with_drafts(capsys):
         (("--logprobs",), "--logprobs: they are part of what --json prints; add --json"),
         (("--seed", "1", "--seed", "2"), "--seed is given 2 times for 1 prompts: once, or once"),
         (("--temperature", "1", "--temperature", "2"), "--temperature is given 2 times"),
+        (("--device", "tpu"), "--device tpu: use cpu or cuda"),
+        (("--device", "cuda", "--pp", "2"), "--pp 2: stages run on the CPU"),
+        (("--device", "cuda", "--link", "pcie4"), "between ranks on the CPU only"),
+        (("--device", "cuda", "--floors"), "see commfuse bench generate --device cuda"),
+        (("--device", "cuda", "--trace", "steps.json"), "--trace: drawn for ranks on the CPU"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(capsys, arguments, message):

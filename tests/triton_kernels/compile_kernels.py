@@ -17,7 +17,9 @@ from triton.compiler import ASTSource
 from commfuse.triton_kernels import (
     all_reduce,
     all_reduce_rms_norm,
+    attention,
     matmul_all_reduce,
+    silu_mul,
     vocab_parallel_sample,
 )
 from commfuse.triton_kernels.workspace import Layout
@@ -26,6 +28,7 @@ VARIANTS = [(torch.bfloat16, "bf16", 2), (torch.float16, "fp16", 3), (torch.floa
 HIDDEN = 8192
 SLOT_BYTES, MAX_BLOCKS = 1 << 20, 128
 EVERYWHERE = "float16 W=3"  # of the fused ops; the other variants for compute 9.0 alone
+ATTENDING = [(80, "float16 W=3"), (90, "bfloat16 W=2")]  # of attention
 # Rows and options of the GEMM's variants.
 DECODING = [
     (1, ()),
@@ -38,7 +41,9 @@ def compiled(architecture: int, kernel, signature: dict, constants: dict, num_wa
     """The kernel as it is launched for 16-byte aligned tensors of a multiple of 16 elements."""
     types = dict.fromkeys(kernel.arg_names, "i32") | signature
     types |= dict.fromkeys(constants, "constexpr")
-    sizes = {"numel", "columns", "depth"} - set(kernel.do_not_specialize)
+    sizes = {"numel", "columns", "depth", "dim", "max_length", "features"} - set(
+        kernel.do_not_specialize
+    )
     aligned = [name for name, kind in types.items() if kind.startswith("*") or name in sizes]
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     return triton.compile(
@@ -62,6 +67,10 @@ def variants(architecture: int):
             yield "verify_chain", variant, drawing(architecture, pointee, layout)
         if architecture != 90 and variant != EVERYWHERE:
             continue  # each takes seconds
+
+        if (architecture, variant) in ATTENDING:
+            for name, kernel in attending(architecture, dtype, pointee):
+                yield name, variant, kernel
 
         names = ("x", "residual", "weight", "summed", "normalised")
         signature = {**dict.fromkeys(names, tensor), "addresses": "*i64", "eps": "fp32"}
@@ -87,6 +96,41 @@ def variants(architecture: int):
             variant,
             compiled(architecture, kernel, signature, constants, warps),
         )
+
+
+def attending(architecture: int, dtype: torch.dtype, pointee: str):
+    """(name, kernel) of attention over heads of 128, four to a KV head, and of gated features."""
+    tensors = ("qkv", "q", "k_cache", "v_cache", "q_norm", "k_norm", "out", "gate_up")
+    signature = {
+        **dict.fromkeys(tensors, f"*{pointee}"),
+        **dict.fromkeys(("sequences", "positions"), "*i64"),
+        **dict.fromkeys(("cos", "sin", "totals", "sums"), "*fp32"),
+        **dict.fromkeys(("eps", "scale"), "fp32"),
+    }  # fmt: skip
+    keys, dim, group = attention.keys_at_once(dtype), 128, 4
+    rows, part = attention.prefill_rows(group), attention.PART
+    for kernel, warps, constants in (
+        (silu_mul.silu_mul_kernel, 4, {"BLOCK": silu_mul.BLOCK}),
+        (attention.append_kernel, 1, {"HALF": dim // 2}),
+        (
+            attention.decode_kernel,
+            attention.NUM_WARPS,
+            {"GROUP": attention.DOT_ROWS, "PART": part, "KEYS": keys, "DIM": dim},
+        ),
+        (
+            attention.join_kernel,
+            attention.NUM_WARPS,
+            {"PART": part, "AT_ONCE": attention.PARTS_AT_ONCE, "DIM": dim},
+        ),
+        (
+            attention.prefill_kernel,
+            attention.PREFILL_WARPS,
+            {"ROWS": rows, "GROUP": group, "KEYS": keys, "DIM": dim},
+        ),
+    ):
+        own = {name: kind for name, kind in signature.items() if name in kernel.arg_names}
+        name = kernel.fn.__name__.removesuffix("_kernel")
+        yield name, compiled(architecture, kernel, own, constants, warps)
 
 
 def drawing(architecture: int, pointee: str, layout: Layout):

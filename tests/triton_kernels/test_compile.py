@@ -124,3 +124,16 @@ def test_blocks_of_one_gpu_meet_at_its_scope(compiled):
         bool(re.search(r"atom\.global\.gpu\.release\.exch", fused[v]["ptx"])) for v in VARIANTS
     ]
     assert meeting == [False, True, False]  # with the norm alone
+
+
+@pytest.mark.parametrize(("architecture", "variant"), [(80, "float16 W=3"), (90, "bfloat16 W=2")])
+@pytest.mark.parametrize("kernel", ["append", "decode", "join", "prefill", "silu_mul"])
+def test_attention_fits_the_gpu(compiled, architecture, variant, kernel):
+    result = compiled[str(architecture)][kernel][variant]
+    assert result["cubin_bytes"] > 0
+    assert result["shared_bytes"] <= 163 * 1024
+    assert result["STACK"] == 0  # no register is spilled
+    if kernel in ("decode", "prefill"):
+        assert "mma" in result["ptx"]  # tensor cores
+        copies = re.findall(r"cp\.async\.c[ga]\S+ .*?, (0x\w+)", result["ptx"])
+        assert copies and set(copies) == {"0x10"}  # of keys and values, 16 bytes at a time

@@ -39,7 +39,8 @@ def run(paths: list[str], prompts: list[list[int]], new_tokens: int, dtypes: lis
                     model = Llama(checkpoint, comm, getattr(torch, name))
                 generator = Generator(model)
                 batch, *_ = generator.generate(prompts, new_tokens)
-                alone = [generator.generate([p], new_tokens)[0][0] for p in prompts]
+                static = Generator(model, static=True)  # as on a GPU
+                alone = [static.generate([p], new_tokens)[0][0] for p in prompts]
                 drafted, statistics, _ = generator.generate(prompts, new_tokens, draft_length=3)
                 results[path, name] = {
                     "logits": _logits(model, prompts).numpy(),

@@ -52,7 +52,7 @@ def bench(
         int | None,
         typer.Option(
             help="Calls of each row; replays of its graph on a GPU; rounds of generate. (default: "
-            "a second's worth; 20; 3)"
+            "a second's worth; 20; 3, on a GPU 5)"
         ),
     ] = None,
     launch: Annotated[
@@ -71,8 +71,9 @@ def bench(
     model: Annotated[
         str | None,
         typer.Option(
-            help="generate, pipeline: smollm2, a Hugging Face directory, or a GGUF file; wall: a "
-            "model that plan knows. (default: smollm2; llama-3.1-8b)"
+            help="generate, pipeline: smollm2, a Hugging Face directory, or a GGUF file; generate "
+            "on GPUs: llama-3-8b, its shape; wall: a model that plan knows. (default: smollm2; "
+            "llama-3-8b; llama-3.1-8b)"
         ),
     ] = None,
     compute: Annotated[
@@ -115,12 +116,16 @@ def bench(
     if only and op in ("generate", "pipeline", "wall", "send_recv"):
         raise UsageError(f"--only: for the cases of an op, not for {op}")
     if op == "generate":
-        from commfuse.bench.generate import run_generate
-
-        if device == "cuda":
-            raise UsageError("--device cuda: bench generate runs on the CPU in this version")
         if started is not None:
             raise UsageError("bench generate starts its own ranks: run it without a launcher")
+        if device == "cuda":
+            from commfuse.bench import generate_gpu
+
+            with gpu_lab(device) as lab:
+                generate_gpu.run_generate(counts, names, model, dtype, iterations, as_json, lab)
+            return
+        from commfuse.bench.generate import run_generate
+
         for count in counts:
             run_generate(
                 model or "smollm2", count, names, chosen, dtype, iterations or 3, links, as_json

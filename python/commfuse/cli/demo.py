@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from commfuse.errors import CommfuseError
+from commfuse.errors import CommfuseError, UsageError
 from commfuse.runtime.launch import own_command
 
 PASSAGE = (
@@ -47,8 +47,83 @@ def demo(
     link: Annotated[
         str | None, typer.Option(help="Emulated link for the rows with several ranks.")
     ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda. [default: cuda where our kernels can run]")
+    ] = None,
 ) -> None:
-    """Show the communication wall with a real model on this machine, in under a minute."""
+    """Show the communication wall with a real model on this machine, in under a minute.
+
+    On a GPU: a model of Llama 3 8B's shape, against its floor, torch's ops and transformers; takes
+    minutes.
+    """
+    if device not in (None, "cpu", "cuda"):
+        raise UsageError(f"--device {device}: use cpu or cuda")
+    if device == "cuda" or (device is None and link is None and _gpu_can()):
+        _on_gpu(tp, max_new_tokens, link)
+    else:
+        _on_cpu(tp, max_new_tokens, link)
+
+
+def _gpu_can() -> bool:
+    """Whether there is a GPU that our kernels are built for."""
+    from commfuse import _extension
+    from commfuse.testing.gpu_lab import gpu_count
+
+    return _extension.why_no_cuda() is None and gpu_count() > 0
+
+
+def _on_gpu(tp: int, max_new_tokens: int, link: str | None) -> None:
+    from rich.console import Console
+
+    from commfuse.bench.generate_gpu import run_generate
+    from commfuse.cli.ranks import gpu_lab
+    from commfuse.models.smollm2 import ensure_smollm2
+
+    if link:
+        raise UsageError("--link: links are emulated between ranks on the CPU; add --device cpu")
+    console = Console(highlight=False)
+    with gpu_lab("cuda") as lab:
+        rows = run_generate(sorted({1, tp}), None, None, "bfloat16", None, False, lab)
+        console.print(f"\n[bold]Verdict[/]: {gpu_verdict(rows, tp)}", soft_wrap=True)
+    ensure_smollm2(typer.echo)
+    result = _run(
+        _Row("SmolLM2", tp, ("--device", "cuda", "--speculate", "ngram")), max_new_tokens, None
+    )
+    console.print(f"\n[bold]A text[/] by SmolLM2-135M-Instruct, TP={tp}, with n-grams:")
+    console.print(result["outputs"][0]["text"].strip(), style="italic", markup=False)
+
+
+def gpu_verdict(rows: list[dict], tp: int) -> str:
+    """What rows of ``bench generate --device cuda`` say, in words.
+
+    Args:
+        rows: of 1 and ``tp`` ranks.
+        tp: see above.
+    """
+    found = {(row["backend"], row["ranks"]): row for row in rows}
+    one, several = found["cuda", 1], found["cuda", tp]
+    text = (
+        f"on one GPU a step of commfuse takes {one['p50_us'] / 1e3:.2f} ms, "
+        f"{one['times_floor']:.2f} times what copying its bytes would"
+    )
+    if ("transformers", 1) in found:
+        text += f"; transformers' takes {one['vs_transformers']:.2f} times as long"
+    if tp == 1:
+        return f"{text}."
+    text += (
+        f". On {tp} ranks it takes {several['p50_us'] / 1e3:.2f} ms, and with torch's GEMMs and "
+        f"all-reduces {several['times_faster_than_torch']:.2f} times as long."
+    )
+    if several["gpus"] < tp:
+        gpus = f"{several['gpus']} GPU{'s' * (several['gpus'] > 1)}"
+        text += (
+            f" Here {tp} ranks share {gpus} (MPS): that shows what exchanging costs, and not what "
+            "more GPUs bring."
+        )
+    return text
+
+
+def _on_cpu(tp: int, max_new_tokens: int, link: str | None) -> None:
     from rich.console import Console
     from rich.live import Live
 

@@ -10,13 +10,14 @@ from typing import Annotated
 
 import typer
 
-from commfuse.cli.ranks import agree_on_mesh, cores, run_again_as_ranks, started_ranks
+from commfuse.cli.ranks import agree_on_mesh, cores, gpu_lab, run_again_as_ranks, started_ranks
 from commfuse.errors import UsageError
 from commfuse.runtime.link import Link, parse_links
 from commfuse.speculative.ngram import parse_drafter
 
 DTYPES = ("bfloat16", "float16", "float32")
 BACKENDS = ("auto", "torch")
+DEVICES = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class _Options:
     """The command line, checked."""
 
     model: str
+    device: str
     prompts: list[str]
     chat: bool
     ignore_eos: bool
@@ -48,6 +50,10 @@ def generate(
     model: Annotated[
         str, typer.Option(help="smollm2, a Hugging Face directory, or a GGUF file.")
     ] = "smollm2",
+    device: Annotated[
+        str,
+        typer.Option(help="cpu, or cuda: a GPU for each rank; ranks beyond that share them (MPS)."),
+    ] = "cpu",
     chat: Annotated[bool, typer.Option("--chat", help="Ask through the chat template.")] = False,
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Do not stop at the end-of-sequence token.")
@@ -98,7 +104,11 @@ def generate(
         ),
     ] = None,
     backend: Annotated[
-        str, typer.Option(help="auto: our shared-memory kernels; torch: torch.distributed (gloo).")
+        str,
+        typer.Option(
+            help="auto: our kernels; torch: torch.distributed (gloo), or on GPUs torch's GEMMs and "
+            "symmetric memory."
+        ),
     ] = "auto",
     plan: Annotated[
         Path | None,
@@ -130,6 +140,8 @@ def generate(
         raise UsageError(f"--dtype {dtype}: use {', '.join(DTYPES)}")
     if backend not in BACKENDS:
         raise UsageError(f"--backend {backend}: use {' or '.join(BACKENDS)}")
+    if device not in DEVICES:
+        raise UsageError(f"--device {device}: use {' or '.join(DEVICES)}")
     if max_new_tokens < 1:
         raise UsageError(f"--max-new-tokens {max_new_tokens}: at least 1")
     if threads is not None and threads < 1:
@@ -141,8 +153,11 @@ def generate(
         raise UsageError(f"--trace {trace}: there is no such folder")
     if floors and pp > 1:
         raise UsageError("--floors: they are those of one stage; use --pp 1")
+    if device == "cuda":
+        _check_gpu(pp, link, floors, trace)
     options = _Options(
         model=model,
+        device=device,
         prompts=prompt,
         chat=chat,
         ignore_eos=ignore_eos,
@@ -161,11 +176,38 @@ def generate(
         floors=floors,
         trace=trace,
     )
-    if started_ranks() is not None or tp * pp == 1:
+    if started_ranks() is not None:
         _run_rank(options)
-    else:
+        return
+    with gpu_lab(device) as lab:
+        if tp * pp == 1:
+            _run_rank(options)
+            return
         _check_model(options)
-        raise typer.Exit(run_again_as_ranks(tp * pp))
+        status = run_again_as_ranks(tp * pp, lab.environment(tp * pp) if lab else None)
+    raise typer.Exit(status)
+
+
+def _check_gpu(pp: int, link: list[str] | None, floors: bool, trace: Path | None) -> None:
+    """Refuses what generation on a GPU does not have.
+
+    Raises:
+        UsageError: the message says what has it.
+    """
+    from commfuse import _extension
+
+    if pp > 1:
+        raise UsageError(f"--pp {pp}: stages run on the CPU in this version; on GPUs use --tp")
+    if link:
+        raise UsageError("--link: links are emulated between ranks on the CPU only")
+    if floors:
+        raise UsageError(
+            "--floors: measured on the CPU; for a GPU see commfuse bench generate --device cuda"
+        )
+    if trace is not None:
+        raise UsageError("--trace: drawn for ranks on the CPU; for a GPU use a profiler of its own")
+    if why := _extension.why_no_cuda():
+        raise UsageError(f"--device cuda: {why}")
 
 
 def _sampling(
@@ -240,16 +282,23 @@ def _run_rank(options: _Options) -> None:
     import torch
     import torch.distributed as dist
 
-    from commfuse.runtime.launch import join_job
+    from commfuse.runtime.launch import join_job, use_gpu
     from commfuse.runtime.mesh import init_mesh
 
     torch.set_num_threads(options.threads)
     if options.tp * options.pp > 1:
         join_job()
-    transport = "torch.distributed" if options.backend == "torch" else "auto"
+    on_gpu = options.device == "cuda"
+    device = use_gpu() if on_gpu else "cpu"
+    # On a GPU the choice is the model's: both kinds of exchange go through the GPUs' memory.
+    transport = "torch.distributed" if options.backend == "torch" and not on_gpu else "auto"
     try:
         with init_mesh(
-            tp=options.tp, pp=options.pp, links=options.links, transport=transport
+            tp=options.tp,
+            pp=options.pp,
+            device=device,
+            links=options.links,
+            transport=transport,
         ) as mesh:
             _generate(options, mesh)
     finally:
@@ -283,7 +332,8 @@ def _generate(options: _Options, mesh) -> None:
             group = -(-len(prompts) // options.pp)
             costs = measure_costs(checkpoint.config, mesh, dtype, group)
         stages = cut_stages(checkpoint.config, options.pp, options.pp_split, costs=costs)
-        model = Llama(checkpoint, mesh.tp, dtype, stages[mesh.pp.rank])
+        backend = options.backend if options.device == "cuda" else "auto"
+        model = Llama(checkpoint, mesh.tp, dtype, stages[mesh.pp.rank], backend)
     generator = Generator(model, Pipeline(model, mesh.pp))
     shown = mesh.tp.rank == mesh.pp.rank == 0
     stop_ids = () if options.ignore_eos else model.config.eos_token_ids

@@ -28,6 +28,7 @@ USED_OPS = {
     "vocab_parallel_sample": None,
     "verify_chain": None,
 }
+WITH_MODELS_BACKEND = ("vocab_parallel_embedding", "transformer_blocks")  # Llama.backend
 USED_BETWEEN_STAGES = ("send", "recv")
 
 
@@ -108,11 +109,20 @@ class Report:
 
     def backends(self) -> dict[str, str | None]:
         """The backend of every op that a generation uses."""
-        used = {name: (self.comm, packed) for name, packed in USED_OPS.items()}
+        device = self.comm.device.type
+        used = {name: (self.comm, packed and device == "cpu") for name, packed in USED_OPS.items()}
         if len(self.stages) > 1:
             used |= dict.fromkeys(USED_BETWEEN_STAGES, (self.mesh.pp, None))
+        asked = dict.fromkeys(WITH_MODELS_BACKEND, self.model.backend)
         return {
-            name: ops.explain(name, comm, dtype=self.model.dtype, packed=packed).backend
+            name: ops.explain(
+                name,
+                comm,
+                device=device,
+                dtype=self.model.dtype,
+                packed=packed,
+                backend=asked.get(name, "auto"),
+            ).backend
             for name, (comm, packed) in used.items()
         }
 
@@ -149,6 +159,7 @@ class Report:
             "bytes_per_token": statistics.per_token(statistics.bytes_sent),
             "tp": self.comm.world_size,
             "pp": len(self.stages),
+            "device": str(self.comm.device),
             "transport": self.comm.transport,
             "backends": self.backends(),
             "emulated": self.comm.emulated or self.mesh.pp.emulated,
@@ -179,8 +190,7 @@ class Report:
             *self._stage_rows(statistics),
             ("tokens/s (decoding)", f"{statistics.tokens_per_second:.1f}"),
             ("time to first token", f"{statistics.ttft_seconds * 1e3:.0f} ms"),
-            ("compute per token", f"{statistics.compute_ms_per_token:.2f} ms"),
-            ("communication per token", f"{statistics.communication_ms_per_token:.2f} ms"),
+            *self._communication_rows(statistics),
             ("decoding steps", f"{statistics.steps}"),
             ("accepted tokens per step", f"{statistics.accepted_per_step:.2f}"),
         ]
@@ -189,6 +199,15 @@ class Report:
         for name, value in rows:
             table.add_row(name, value)
         self.console.print(table)
+
+    @staticmethod
+    def _communication_rows(statistics: GenerationStatistics) -> list[tuple[str, str]]:
+        if statistics.communication_ms_per_token is None:  # on a GPU
+            return []
+        return [
+            ("compute per token", f"{statistics.compute_ms_per_token:.2f} ms"),
+            ("communication per token", f"{statistics.communication_ms_per_token:.2f} ms"),
+        ]
 
     def _stage_rows(self, statistics: GenerationStatistics) -> list[tuple[str, str]]:
         if len(self.stages) == 1:

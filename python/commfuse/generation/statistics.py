@@ -26,9 +26,10 @@ class GenerationStatistics:
         prefill_passes: forward passes of the prefill.
         prefill_idle: part of the prefill that each stage has waited for others, or for its turn.
         decode_idle: the same of decoding.
-        communication_seconds: time in communication during decoding, between stages too.
-        collective_calls: collective calls during decoding.
-        bytes_sent: bytes that this rank sent during decoding.
+        communication_seconds: time in communication during decoding, between stages too; None on a
+            GPU, whose kernels communicate while they compute.
+        collective_calls: collective calls during decoding; None on a GPU, where graphs make them.
+        bytes_sent: bytes that this rank sent during decoding; None on a GPU.
     """
 
     ttft_seconds: float = 0.0
@@ -40,9 +41,9 @@ class GenerationStatistics:
     prefill_passes: int = 0
     prefill_idle: list[float] = field(default_factory=list)
     decode_idle: list[float] = field(default_factory=list)
-    communication_seconds: float = 0.0
-    collective_calls: int = 0
-    bytes_sent: int = 0
+    communication_seconds: float | None = 0.0
+    collective_calls: int | None = 0
+    bytes_sent: int | None = 0
 
     @property
     def tokens_per_second(self) -> float:
@@ -54,18 +55,24 @@ class GenerationStatistics:
         """Tokens that a request gains in a step: 1 without speculation, up to 1 + draft length."""
         return self.decode_tokens / self.request_steps if self.request_steps else 0.0
 
-    def per_token(self, amount: float) -> float:
-        """``amount`` over the decoded tokens."""
+    def per_token(self, amount: float | None) -> float | None:
+        """``amount`` over the decoded tokens; None for None."""
+        if amount is None:
+            return None
         return amount / self.decode_tokens if self.decode_tokens else 0.0
 
     @property
-    def communication_ms_per_token(self) -> float:
-        """Milliseconds of communication for each token."""
+    def communication_ms_per_token(self) -> float | None:
+        """Milliseconds of communication for each token; None on a GPU."""
+        if self.communication_seconds is None:
+            return None
         return self.per_token(self.communication_seconds) * 1e3
 
     @property
-    def compute_ms_per_token(self) -> float:
-        """Milliseconds of everything else for each token."""
+    def compute_ms_per_token(self) -> float | None:
+        """Milliseconds of everything else for each token; None on a GPU."""
+        if self.communication_seconds is None:
+            return None
         return self.per_token(self.decode_seconds - self.communication_seconds) * 1e3
 
 
@@ -126,13 +133,16 @@ class Stopwatch:
         """The last token is there."""
         result = self.statistics
         result.decode_seconds = self._lap()
+        result.prefill_idle, result.decode_idle = map(
+            list, zip(*self.pipeline.gather(self._idle), strict=True)
+        )
+        if self.comm.device.type == "cuda":
+            result.communication_seconds = result.collective_calls = result.bytes_sent = None
+            return result
         pairs = list(zip(self._counters(), self._before, strict=True))
         result.communication_seconds = sum(
             after.communication_seconds - before.communication_seconds for after, before in pairs
         )
         result.collective_calls = pairs[0][0].calls - pairs[0][1].calls
         result.bytes_sent = sum(after.bytes_sent - before.bytes_sent for after, before in pairs)
-        result.prefill_idle, result.decode_idle = map(
-            list, zip(*self.pipeline.gather(self._idle), strict=True)
-        )
         return result

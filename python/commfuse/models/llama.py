@@ -50,9 +50,10 @@ class Llama(nn.Module):
 
     Args:
         checkpoint: every rank reads its own slices of it, one tensor at a time.
-        comm: the tensor-parallel ranks of this stage.
+        comm: the tensor-parallel ranks of this stage; the model lies on its device.
         dtype: of weights and activations; None: the checkpoint's.
         stage: of a pipeline, which layers it holds; None: all.
+        backend: of the layers and the embedding: ``"auto"``, or by name.
 
     Raises:
         UsageError: the model cannot be split over these ranks.
@@ -69,10 +70,11 @@ class Llama(nn.Module):
         comm: Communicator,
         dtype: torch.dtype | None = None,
         stage: Stage | None = None,
+        backend: str = "auto",
     ):
         super().__init__()
         self.config = config = checkpoint.config
-        self.comm = comm
+        self.comm, self.backend = comm, backend
         self.dtype = dtype or config.dtype
         check_parallelism(config, comm.world_size)
         self.heads = shard_heads(config.num_heads, config.num_kv_heads, comm.world_size, comm.rank)
@@ -85,15 +87,13 @@ class Llama(nn.Module):
         tied = config.tie_word_embeddings
         self.embedding: VocabParallelEmbedding | None = None
         if self.stage.first or (self.stage.last and tied):
-            embedding = checkpoint.read("model.embed_tokens.weight", rows=rows, dtype=self.dtype)
+            embedding = self._read(checkpoint, "model.embed_tokens.weight", rows=rows)
             self.embedding = VocabParallelEmbedding(embedding, self.vocabulary.begin, comm)
             del embedding
         self.head: VocabParallelHead | None = None
         if self.stage.last:
             self.head = VocabParallelHead(
-                self.embedding
-                if tied
-                else checkpoint.read("lm_head.weight", rows=rows, dtype=self.dtype),
+                self.embedding if tied else self._read(checkpoint, "lm_head.weight", rows=rows),
                 config.vocab_size,
                 comm,
             )
@@ -113,18 +113,21 @@ class Llama(nn.Module):
             block.weights(norm) for block, norm in zip(self.blocks, norms[1:], strict=True)
         ]
 
+    def _read(self, checkpoint: Checkpoint, name: str, **part: slice | None) -> torch.Tensor:
+        return checkpoint.read(name, dtype=self.dtype, **part).to(self.comm.device)
+
     def _norm(self, checkpoint: Checkpoint, layer: int) -> torch.Tensor:
         """The RMSNorm in front of a layer, or of the head."""
         name = f"model.layers.{layer}.input_layernorm.weight"
         if layer == self.config.num_layers:
             name = "model.norm.weight"
-        return checkpoint.read(name, dtype=self.dtype)
+        return self._read(checkpoint, name)
 
     def _block(self, checkpoint: Checkpoint, prefix: str, norm: torch.Tensor) -> ParallelBlock:
         config, comm = self.config, self.comm
 
         def read(name: str, rows: slice | None = None, columns: slice | None = None):
-            return checkpoint.read(prefix + name, rows=rows, columns=columns, dtype=self.dtype)
+            return self._read(checkpoint, prefix + name, rows=rows, columns=columns)
 
         query = self.heads.query.scaled(config.head_dim)
         kv = self.heads.kv.scaled(config.head_dim)
@@ -193,13 +196,14 @@ class Llama(nn.Module):
             max_length,
             self.config.head_dim,
             self.dtype,
+            self.comm.device,
         )
 
     def rotary(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin for positions 0 to length - 1: float32 [length, head_dim / 2] each."""
         positions = torch.arange(length, dtype=torch.float32)
         angles = torch.outer(positions, self.config.rope_frequencies())
-        return angles.cos(), angles.sin()
+        return angles.cos().to(self.comm.device), angles.sin().to(self.comm.device)
 
     def forward(
         self,
@@ -222,11 +226,13 @@ class Llama(nn.Module):
             target: to the next stage; None in the last.
 
         Returns:
-            float32 [rows, entries of this rank].
+            [rows, entries of this rank]: float32 on the CPU, on a GPU in the model's dtype.
         """
         x = residual = None
         if self.stage.first:
-            x, residual = self.embedding(tokens, self.first_norm, self.config.rms_norm_eps)
+            x, residual = self.embedding(
+                tokens, self.first_norm, self.config.rms_norm_eps, self.backend
+            )
         x, _ = ops.transformer_blocks(
             x,
             residual,
@@ -238,6 +244,7 @@ class Llama(nn.Module):
             first_norm=None if self.stage.first else self.first_norm,
             source=source,
             target=target,
+            backend=self.backend,
         )
         if not self.stage.last:
             return None

@@ -27,6 +27,7 @@ class KVCache:
     Args:
         layers, sequences, kv_heads, max_length, head_dim: sizes; max_length is rounded up to 16.
         dtype: of the model's activations.
+        device: where it lies.
 
     Attributes:
         layers: one (K, V) pair a layer, [sequences, kv_heads, max_length, head_dim] each.
@@ -40,11 +41,12 @@ class KVCache:
         max_length: int,
         head_dim: int,
         dtype: torch.dtype,
+        device: torch.device | str = "cpu",
     ):
         self.max_length = -(-max_length // 16) * 16
         shape = (sequences, kv_heads, self.max_length, head_dim)
         self.layers = [
-            (torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype))
+            tuple(torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
             for _ in range(layers)
         ]
 

@@ -24,6 +24,13 @@ def _prepare(weight: torch.Tensor) -> PackedWeight | torch.Tensor:
     return weight
 
 
+def _prepare_gated(gate: torch.Tensor, up: torch.Tensor) -> PackedWeight | torch.Tensor:
+    """The two input weights of a gated MLP as one, as :func:`_prepare`."""
+    if gate.device.type == "cpu" and _extension.module is not None:
+        return ops.pack_gate_up(gate, up)
+    return torch.cat((gate, up))
+
+
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """x [..., features] as the kernels take it, contiguous [rows, features]; most often a view."""
     return x.flatten(0, -2).contiguous()
@@ -236,8 +243,8 @@ class GatedColumnParallelLinear(ShardedModule):
         slices: Mapping[str, Slice] | None = None,
     ):
         super().__init__(slices or {})
-        self.weight = None if gate is None else ops.pack_gate_up(gate, up)
-        self.bias = None if gate_bias is None else _alternate(gate_bias, up_bias)
+        self.weight = None if gate is None else _prepare_gated(gate, up)
+        self.bias = None if gate_bias is None else self._ordered(gate_bias, up_bias)
 
     @classmethod
     def from_linears(
@@ -270,20 +277,32 @@ class GatedColumnParallelLinear(ShardedModule):
         return layer
 
     def parts(self) -> dict[str, torch.Tensor]:
-        pieces = {"weight": self._separate(self.weight.unpack())}
+        packed = isinstance(self.weight, PackedWeight)
+        pieces = {"weight": self._separate(self.weight.unpack() if packed else self.weight)}
         if self.bias is not None:
             pieces["bias"] = self._separate(self.bias)
         return _named(self.slices, pieces)
 
-    def _separate(self, alternating: torch.Tensor) -> list[torch.Tensor]:
-        pairs = alternating.unflatten(0, (-1, 2, LANES))
+    def _ordered(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """Biases in the order of the weight's rows."""
+        if not isinstance(self.weight, PackedWeight):
+            return torch.cat((gate, up))
+        return ops.pack_gate_up(gate[:, None], up[:, None]).unpack().flatten()
+
+    def _separate(self, both: torch.Tensor) -> list[torch.Tensor]:
+        if not isinstance(self.weight, PackedWeight):
+            return list(both.chunk(2))
+        pairs = both.unflatten(0, (-1, 2, LANES))
         return [pairs[:, half].flatten(0, 1)[: self.weight.out_features] for half in (0, 1)]
 
     def _take(self, parts: Mapping[str, torch.Tensor]) -> None:
-        weight, biases = ops.pack_gate_up(*_of_kind(parts, "weight")), _of_kind(parts, "bias")
-        bias = _alternate(*biases) if biases else None
-        if self.weight is None:
-            self.weight, self.bias = weight, bias
+        weight, biases = _prepare_gated(*_of_kind(parts, "weight")), _of_kind(parts, "bias")
+        first = self.weight is None
+        if first:
+            self.weight = weight
+        bias = self._ordered(*biases) if biases else None
+        if first:
+            self.bias = bias
             return
         # A block's weights may hold these tensors.
         self.weight.data.copy_(weight.data)
@@ -293,12 +312,7 @@ class GatedColumnParallelLinear(ShardedModule):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., in_features] -> [..., features of this rank]."""
         self.require_loaded()
-        return ops.matmul(_rows(x), self.weight, self.bias).unflatten(0, x.shape[:-1])
-
-
-def _alternate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """Biases in the order of :func:`~commfuse.ops.pack_gate_up`'s rows."""
-    return ops.pack_gate_up(gate[:, None], up[:, None]).unpack().flatten()
+        return ops.gated_matmul(_rows(x), self.weight, self.bias).unflatten(0, x.shape[:-1])
 
 
 class RowParallelLinear(_Linear):
@@ -421,17 +435,27 @@ class VocabParallelEmbedding(_Linear):
         return layer
 
     def forward(
-        self, tokens: torch.Tensor, norm_weight: torch.Tensor | None = None, eps: float = 1e-6
+        self,
+        tokens: torch.Tensor,
+        norm_weight: torch.Tensor | None = None,
+        eps: float = 1e-6,
+        backend: str = "auto",
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """As :func:`commfuse.ops.vocab_parallel_embedding`; tokens [...] without a norm."""
         self.require_loaded()
         if norm_weight is None:
             rows = ops.vocab_parallel_embedding(
-                tokens.flatten(), self.weight, self.vocab_begin, self.comm
+                tokens.flatten(), self.weight, self.vocab_begin, self.comm, backend=backend
             )
             return rows.unflatten(0, tokens.shape)
         return ops.vocab_parallel_embedding(
-            tokens, self.weight, self.vocab_begin, self.comm, norm_weight=norm_weight, eps=eps
+            tokens,
+            self.weight,
+            self.vocab_begin,
+            self.comm,
+            norm_weight=norm_weight,
+            eps=eps,
+            backend=backend,
         )
 
 
@@ -484,9 +508,13 @@ class VocabParallelHead(_Linear):
         return head
 
     def local(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [rows, hidden] -> float32 [rows, entries of this rank]; no communication."""
+        """x: [rows, hidden] -> [rows, entries of this rank]; no communication.
+
+        Packed weights give float32, the sums of the GEMM; others x's dtype.
+        """
         self.require_loaded()
-        return ops.matmul(x, self.weight, self.bias, float32_out=True)
+        packed = isinstance(self.weight, PackedWeight)
+        return ops.matmul(x, self.weight, self.bias, float32_out=packed)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., hidden] -> [..., entries of all ranks] in x's dtype, the same on every rank."""

@@ -17,7 +17,7 @@ from commfuse.ops.all_gather import all_gather
 from commfuse.ops.all_reduce import all_reduce, all_reduce_
 from commfuse.ops.all_reduce_rms_norm import all_reduce_rms_norm
 from commfuse.ops.attention import attention
-from commfuse.ops.matmul import PackedWeight, matmul, pack_gate_up, pack_weight
+from commfuse.ops.matmul import PackedWeight, gated_matmul, matmul, pack_gate_up, pack_weight
 from commfuse.ops.matmul_all_reduce import matmul_all_reduce
 from commfuse.ops.matmul_send import matmul_send
 from commfuse.ops.recv import recv
@@ -107,6 +107,7 @@ __all__ = [
     "all_reduce_rms_norm",
     "attention",
     "explain",
+    "gated_matmul",
     "matmul",
     "matmul_all_reduce",
     "matmul_send",

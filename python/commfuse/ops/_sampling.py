@@ -97,12 +97,17 @@ class Sampling:
         index = torch.tensor(requests, dtype=torch.int64)
         return Sampling(*(x[index] for x in self.tensors))
 
+    @classmethod
+    def of_tensors(cls, *tensors: torch.Tensor) -> Sampling:
+        """Options that lie on a device, in the order of :attr:`tensors`. Nobody looks at values."""
+        made = object.__new__(Sampling)
+        for name, tensor in zip(("temperature", "top_k", "top_p", "seed"), tensors, strict=True):
+            object.__setattr__(made, name, tensor)
+        return made
+
     def to(self, device: torch.device | str) -> Sampling:
         """The options on a device, where the logits are. Their values are not looked at again."""
-        moved = object.__new__(Sampling)
-        for name in ("temperature", "top_k", "top_p", "seed"):
-            object.__setattr__(moved, name, getattr(self, name).to(device))
-        return moved
+        return Sampling.of_tensors(*(x.to(device) for x in self.tensors))
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:

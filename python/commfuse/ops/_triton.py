@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable
 
@@ -14,20 +15,25 @@ from commfuse.ops._sampling import BLOCK, TARGET, Sampling
 from commfuse.runtime.communicator import Communicator
 
 
-def triton_obstacle(comm: Communicator | None, query: Query) -> str | None:
-    """Why Triton kernels cannot serve a query, or None."""
-    try:
-        import commfuse.triton_kernels  # noqa: F401
-    except ImportError as error:
-        return f"Triton cannot be imported: {error}"
+def triton_local_obstacle(comm: Communicator | None, query: Query) -> str | None:
+    """Why Triton kernels that need no communicator cannot serve a query, or None."""
+    if importlib.util.find_spec("triton") is None:  # importing it takes a second
+        return "Triton is not installed"
     if query.dtype not in DTYPES:
         return f"takes bfloat16, float16 and float32, not {query.dtype}"
     if query.packed:
         return "takes plain weights [n, k]; this one is packed for the CPU"
-    if comm is None or comm.world_size < 2:
-        return "needs two ranks or more"
     if query.device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "runs on CPU tensors only in Triton's interpreter; start with TRITON_INTERPRET=1"
+    return None
+
+
+def triton_obstacle(comm: Communicator | None, query: Query) -> str | None:
+    """Why Triton kernels that exchange messages cannot serve a query, or None."""
+    if comm is None or comm.world_size < 2:
+        return "needs two ranks or more"
+    if why := triton_local_obstacle(comm, query):
+        return why
     if comm.device.type != query.device:
         return f"the communicator's workspaces are in {comm.device.type} memory"
     if comm.workspace_bytes == 0:

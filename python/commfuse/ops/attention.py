@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from commfuse.ops._registry import Backend, Op, cpu_obstacle, define
+from commfuse.ops._triton import triton_local_obstacle
 
 
 def _fake(
@@ -52,11 +53,20 @@ def reference(
     return torch.einsum("hij,jhd->ihd", scores.softmax(-1), v).flatten(1)
 
 
-def _cpu(qkv, caches, rotary, sequences, positions, heads, norms, eps):
+def _cpu(qkv, caches, rotary, sequences, positions, heads, norms, eps, span):
     return _attention(qkv, *caches, *rotary, sequences, positions, *heads, *norms, eps)
 
 
-OP = Op("attention", (Backend("cpu", _cpu, cpu_obstacle),))
+def _triton(qkv, caches, rotary, sequences, positions, heads, norms, eps, span):
+    from commfuse.triton_kernels.attention import attention
+
+    return attention(qkv, *caches, *rotary, sequences, positions, *heads, *norms, eps, span)
+
+
+OP = Op(
+    "attention",
+    (Backend("cpu", _cpu, cpu_obstacle), Backend("triton", _triton, triton_local_obstacle)),
+)
 
 
 def attention(
@@ -69,6 +79,7 @@ def attention(
     norms: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
     eps: float = 1e-6,
     *,
+    span: int | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Rotates and appends every token's K and V, then lets every token attend to its sequence.
@@ -77,10 +88,15 @@ def attention(
     a draft. A token sees positions 0 to its own. What lies behind the positions in use is ignored,
     so that taking back a rejected draft is only to use its positions again.
 
+    On a GPU nothing is read on the host: a captured call may be replayed with other sequences and
+    positions. There a row of a decoding step is spread over the GPU, and of a prefill several rows
+    share what they read of the cache; a row's bits depend on which of the two it is, and on nothing
+    beside it.
+
     Args:
         qkv: [tokens, (heads + 2 kv_heads) * dim], not yet rotated; dim a multiple of 16.
         caches: K and V, [sequences, kv_heads, max_length, dim] each, of qkv's dtype; max_length a
-            multiple of 16. Written. K is in an order of its own.
+            multiple of 16. Written. On the CPU, K is in an order of its own.
         rotary: cos and sin, float32 [positions, dim / 2] (rotate-half; Su et al., "RoFormer").
         sequences: int64 [tokens], the cache's sequence of each token.
         positions: int64 [tokens].
@@ -88,15 +104,19 @@ def attention(
             whole model). The rank's KV heads are those its query heads read.
         norms: RMSNorm weights [dim] for the heads of Q and K before rotation (Qwen3), or None.
         eps: of these norms.
+        span: of a decoding step on a GPU, a number that no position reaches, as small as is known;
+            None: a prefill. The CPU makes no difference.
+        backend: ``"auto"``, ``"cpu"`` or ``"triton"`` (on a GPU).
 
     Returns:
         [tokens, heads * dim].
 
     Raises:
-        ValueError: shapes that do not fit, a position or sequence outside the cache.
+        ValueError: shapes that do not fit; on the CPU, a position or sequence outside the cache. On
+            a GPU these are not looked at.
 
     Example:
         >>> y = attention(qkv, (k, v), (cos, sin), sequences, positions, (9, 0, 3))
     """
     run = OP.select(backend, None, qkv)
-    return run(qkv, caches, rotary, sequences, positions, heads, norms, eps)
+    return run(qkv, caches, rotary, sequences, positions, heads, norms, eps, span)

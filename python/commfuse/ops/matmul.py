@@ -122,6 +122,11 @@ def pack_gate_up(gate: torch.Tensor, up: torch.Tensor) -> PackedWeight:
 Weight = torch.Tensor | PackedWeight
 
 
+def gated_features(weight: Weight) -> int:
+    """Features that :func:`gated_matmul` yields."""
+    return weight.out_features if isinstance(weight, PackedWeight) else weight.shape[0] // 2
+
+
 def reference(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x wᵀ + bias in float64."""
     product = x.double() @ w.double().T
@@ -185,3 +190,34 @@ def matmul(
     """
     run = OP.select(backend, None, x, isinstance(w, PackedWeight))
     return run(x, w, bias, float32_out)
+
+
+def gated_matmul(
+    x: torch.Tensor, w: Weight, bias: torch.Tensor | None = None, *, backend: str = "auto"
+) -> torch.Tensor:
+    """silu(x gateᵀ + …) · (x upᵀ + …), for the two input weights of a gated MLP as one.
+
+    Args:
+        x: [rows, k], contiguous.
+        w: on the CPU from :func:`pack_gate_up`; else a tensor [2 features, k], gate's rows first.
+        bias: in the order of the weight's rows, or None.
+        backend: of the GEMM.
+
+    Returns:
+        [rows, features].
+
+    Raises:
+        BackendUnavailable: as :func:`matmul`.
+
+    Example:
+        >>> h = gated_matmul(x, torch.cat((gate, up)))
+    """
+    y = matmul(x, w, bias, backend=backend)
+    if isinstance(w, PackedWeight):
+        return y
+    if y.is_cuda:
+        from commfuse.triton_kernels.silu_mul import silu_mul
+
+        return silu_mul(y)
+    gate, up = y.chunk(2, dim=1)
+    return F.silu(gate) * up

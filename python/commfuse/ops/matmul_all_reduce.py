@@ -76,9 +76,9 @@ def _cuda(x, w, *rest):
     return _native(x, w, w.shape[0], *rest)
 
 
-def _by(name: str):
+def _by(name: str, gemm: str):
     def run(x, w, comm, bias, residual, norm_weight, eps):
-        total = SUMS[name](comm, matmul(x, w))
+        total = SUMS[name](comm, matmul(x, w, backend=gemm))
         for addend in (bias, residual):
             if addend is not None:
                 total += addend
@@ -95,8 +95,8 @@ OP = Op(
         Backend("cpu", _cpu, cpu_obstacle),
         Backend("cuda", _cuda, cuda_obstacle, way=matmul_all_reduce_way),
         Backend("triton", matmul_all_reduce_triton, triton_obstacle, automatic=False),
-        Backend("hierarchical", _by("hierarchical"), hierarchical_obstacle),
-        Backend("torch", _by("torch"), torch_obstacle),
+        Backend("hierarchical", _by("hierarchical", "auto"), hierarchical_obstacle),
+        Backend("torch", _by("torch", "torch"), torch_obstacle),
     ),
 )
 

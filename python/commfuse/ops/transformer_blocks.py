@@ -9,9 +9,16 @@ import torch
 
 from commfuse.errors import UsageError
 from commfuse.ops._hierarchical import hierarchical_obstacle
-from commfuse.ops._registry import Backend, Op, cpu_obstacle, define, torch_obstacle
+from commfuse.ops._registry import (
+    Backend,
+    Op,
+    cpu_obstacle,
+    cuda_obstacle,
+    define,
+    torch_obstacle,
+)
 from commfuse.ops.attention import attention
-from commfuse.ops.matmul import PackedWeight, Weight, matmul
+from commfuse.ops.matmul import PackedWeight, Weight, gated_features, gated_matmul, matmul
 from commfuse.ops.matmul_all_reduce import matmul_all_reduce
 from commfuse.ops.recv import recv
 from commfuse.ops.recv_matmul import recv_matmul
@@ -28,11 +35,14 @@ class Placement:
         sequences: int64 [tokens], the cache's sequence of each.
         positions: int64 [tokens].
         rotary: cos and sin, float32 [positions, head_dim / 2].
+        span: of a decoding step, a number that no position reaches; None: a prefill. See
+            :func:`~commfuse.ops.attention`.
     """
 
     sequences: torch.Tensor
     positions: torch.Tensor
     rotary: tuple[torch.Tensor, torch.Tensor]
+    span: int | None = None
 
 
 @dataclass(frozen=True)
@@ -42,7 +52,8 @@ class BlockWeights:
     Attributes:
         qkv: [(heads + 2 kv_heads) * head_dim, hidden]: Q, K and V put together.
         output: [hidden, heads * head_dim].
-        gate_up: gate and up as :func:`~commfuse.ops.pack_gate_up` makes them.
+        gate_up: gate and up as :func:`~commfuse.ops.pack_gate_up` makes them; on a GPU one behind
+            the other, [2 features of this rank, hidden].
         down: [hidden, features of this rank].
         middle_norm, next_norm: [hidden], RMSNorm between the halves and behind the block.
         heads: (query heads of this rank, global index of the first, query heads per KV head).
@@ -53,7 +64,7 @@ class BlockWeights:
 
     qkv: Weight
     output: Weight
-    gate_up: PackedWeight
+    gate_up: Weight
     down: Weight
     middle_norm: torch.Tensor
     next_norm: torch.Tensor
@@ -117,8 +128,8 @@ def _cpu(x, residual, blocks, caches, placement, comm, read_next, first_norm, so
     return x, residual
 
 
-def _by(name: str):
-    """The five ops, with the sums of that backend."""
+def _in_turn(backend: str, gemm: str):
+    """The five ops of each block; attention chooses for itself, ``gemm`` is of GEMMs without a sum."""
 
     def run(x, residual, blocks, caches, placement, comm, read_next, first_norm, source, target):
         for number, (w, cache) in enumerate(zip(blocks, caches, strict=True)):
@@ -128,18 +139,19 @@ def _by(name: str):
                     norm_weight=first_norm, eps=w.eps,
                 )  # fmt: skip
             else:
-                qkv = matmul(x, w.qkv, w.qkv_bias)
+                qkv = matmul(x, w.qkv, w.qkv_bias, backend=gemm)
             heads = attention(
                 qkv, cache, placement.rotary, placement.sequences, placement.positions, w.heads,
-                (w.q_norm, w.k_norm), w.eps,
+                (w.q_norm, w.k_norm), w.eps, span=placement.span,
             )  # fmt: skip
             x, residual = matmul_all_reduce(
                 heads, w.output, comm, bias=w.output_bias, residual=residual,
-                norm_weight=w.middle_norm, eps=w.eps, backend=name,
+                norm_weight=w.middle_norm, eps=w.eps, backend=backend,
             )  # fmt: skip
             x, residual = matmul_all_reduce(
-                matmul(x, w.gate_up, w.gate_up_bias), w.down, comm, bias=w.down_bias,
-                residual=residual, norm_weight=w.next_norm, eps=w.eps, backend=name,
+                gated_matmul(x, w.gate_up, w.gate_up_bias, backend=gemm), w.down, comm,
+                bias=w.down_bias, residual=residual, norm_weight=w.next_norm, eps=w.eps,
+                backend=backend,
             )  # fmt: skip
         if target is not None:
             send(residual, target)
@@ -153,8 +165,9 @@ OP = Op(
     "transformer_blocks",
     (
         Backend("cpu", _cpu, cpu_obstacle),
-        Backend("hierarchical", _by("hierarchical"), hierarchical_obstacle),
-        Backend("torch", _by("torch"), torch_obstacle),
+        Backend("hierarchical", _in_turn("hierarchical", "auto"), hierarchical_obstacle),
+        Backend("cuda", _in_turn("cuda", "cuda"), cuda_obstacle),
+        Backend("torch", _in_turn("torch", "torch"), torch_obstacle),
     ),
 )
 
@@ -176,8 +189,9 @@ def transformer_blocks(
     """Attention and gated MLP of consecutive layers, with their all-reduces and RMSNorms.
 
     The same as :func:`matmul`, :func:`attention`, :func:`matmul_all_reduce`, :func:`matmul` and
-    :func:`matmul_all_reduce` for each block in turn, bit for bit, without returning to Python in
-    between: at one token that would take as long as reading the weights of the smaller layers.
+    :func:`matmul_all_reduce` for each block in turn, bit for bit. On the CPU without returning to
+    Python in between: at one token that would take as long as reading the weights of the smaller
+    layers. On a GPU a CUDA graph does the same (docs/modules.md).
 
     Between pipeline stages it begins with :func:`recv_matmul` and ends with :func:`matmul_send`, or
     on several ranks with :func:`send`; only the residual travels.
@@ -195,8 +209,8 @@ def transformer_blocks(
         first_norm: [hidden], RMSNorm in front of the first block, with ``source``.
         source: a channel that brings the residual from the stage before.
         target: a channel that takes the residual to the next stage.
-        backend: ``"auto"``, ``"cpu"``, ``"hierarchical"`` or ``"torch"`` (the last two: the five
-            ops, with their sums).
+        backend: ``"auto"``, ``"cpu"``, or ``"cuda"``, ``"hierarchical"`` or ``"torch"``: the five
+            ops, with this backend, in turn.
 
     Returns:
         (RMSNorm(residual') · next_norm of the last block, residual'), [tokens, hidden] each; with
@@ -215,13 +229,13 @@ def transformer_blocks(
     if len(caches) != len(blocks) or not blocks:
         raise UsageError(f"transformer_blocks: {len(blocks)} blocks and {len(caches)} caches")
     first = blocks[0]
-    sizes = (first.heads, first.gate_up.out_features, first.eps)
+    sizes = (first.heads, gated_features(first.gate_up), first.eps)
     for number, w in enumerate(blocks):
-        if (w.heads, w.gate_up.out_features, w.eps) != sizes:
+        own = (w.heads, gated_features(w.gate_up), w.eps)
+        if own != sizes:
             raise UsageError(
                 "transformer_blocks: (heads, features, eps) of block 0 and block "
-                f"{number} differ: {sizes} and {(w.heads, w.gate_up.out_features, w.eps)}; call "
-                "it once for each run of equal blocks"
+                f"{number} differ: {sizes} and {own}; call it once for each run of equal blocks"
             )
     like = source.no_rows if x is None else x
     run = OP.select(backend, comm, like, isinstance(first.qkv, PackedWeight))

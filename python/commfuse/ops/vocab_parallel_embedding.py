@@ -8,7 +8,14 @@ import torch
 import torch.nn.functional as F
 
 from commfuse.ops._hierarchical import hierarchical_obstacle
-from commfuse.ops._registry import Backend, Op, cpu_obstacle, define, torch_obstacle
+from commfuse.ops._registry import (
+    Backend,
+    Op,
+    cpu_obstacle,
+    cuda_obstacle,
+    define,
+    torch_obstacle,
+)
 from commfuse.ops.all_reduce import all_reduce
 from commfuse.ops.all_reduce_rms_norm import all_reduce_rms_norm
 from commfuse.ops.matmul import PackedWeight, Weight
@@ -55,6 +62,7 @@ OP = Op(
     "vocab_parallel_embedding",
     (
         Backend("cpu", _with_backend("cpu"), cpu_obstacle),
+        Backend("cuda", _with_backend("cuda"), cuda_obstacle),
         Backend("hierarchical", _with_backend("hierarchical"), hierarchical_obstacle),
         Backend("torch", _with_backend("torch"), torch_obstacle),
     ),
@@ -80,7 +88,7 @@ def vocab_parallel_embedding(
         comm: every rank must call.
         norm_weight: [hidden], of an RMSNorm behind the embedding.
         eps: of RMSNorm.
-        backend: ``"auto"``, ``"cpu"``, ``"hierarchical"`` or ``"torch"``.
+        backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"hierarchical"`` or ``"torch"``.
 
     Returns:
         [rows, hidden], equal on all ranks, zero for ids that no rank holds; with ``norm_weight``
