@@ -129,7 +129,7 @@ def _cpu(x, residual, blocks, caches, placement, comm, read_next, first_norm, so
 
 
 def _in_turn(backend: str, gemm: str):
-    """The five ops of each block; attention chooses for itself, ``gemm`` is of GEMMs without a sum."""
+    """The five ops of each block; ``gemm`` is the backend of GEMMs without a sum."""
 
     def run(x, residual, blocks, caches, placement, comm, read_next, first_norm, source, target):
         for number, (w, cache) in enumerate(zip(blocks, caches, strict=True)):
