@@ -104,7 +104,7 @@ def correctness(comm) -> list[str]:
             (129, "float32", GREEDY, False, {}),
             (300, "float32", MIXED, True, {}),
         ],
-        3: [(300, "float16", some, False, TRUNCATED), (300, "float16", MIXED, False, {})],
+        3: [(300, "float16", some, False, TRUNCATED)],
     }[comm.world_size]
     for seed, (size, dtype, temperature, distributions, truncation) in enumerate(kinds):
         made = Requests(size, WORKER.DTYPES[dtype], temperature, seed, distributions, **truncation)
@@ -123,7 +123,7 @@ def stragglers(comm) -> dict[str, int]:
     for index, (name, wait) in enumerate((("sound", module.wait), ("skipped", skipped_wait))):
         workspace, wrong = WORKER.make_workspace(comm, 1 + index), 0
         with WORKER.replaced(module, "wait", wait):
-            for call in range(3):
+            for call in range(2):
                 made = Requests(300, torch.bfloat16, MIXED, 100 + call)
                 late = 0.1 if call % comm.world_size == comm.rank else 0.0
                 with WORKER.delayed(module, "signal", before=late):
@@ -191,8 +191,9 @@ def run() -> dict:
     with Communicator(dist.group.WORLD, workspace_bytes=WORKER.WORKSPACE_BYTES) as comm:
         results = {"correctness": correctness(comm)}
         if comm.world_size == 2:
-            with Communicator() as alone:
-                results["alone"] = correctness(alone)
+            if comm.rank == 0:
+                with Communicator() as alone:
+                    results["alone"] = correctness(alone)
             results["stragglers"] = stragglers(comm)
             results["backend"] = as_backend(comm)
     return results
