@@ -32,8 +32,10 @@ OPS = (
     "verify_chain",
 )
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# The tensors that a call may leave out: bit i of a descriptor's options stands for the i-th.
-OPTIONS = ("bias", "residual", "norm_weight", "log_probabilities")
+# What a call may leave out: bit i of a descriptor's options stands for the i-th.
+OPTIONS = (
+    "bias", "residual", "norm_weight", "log_probabilities", "draft_probabilities", "truncation",
+)  # fmt: skip
 
 
 def round_up(value: int, multiple: int) -> int:

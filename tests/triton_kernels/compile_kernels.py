@@ -134,13 +134,20 @@ def attending(architecture: int, dtype: torch.dtype, pointee: str):
 
 
 def drawing(architecture: int, pointee: str, layout: Layout):
-    """The kernel that draws, with log-probabilities."""
-    integers = ("drafts", "lengths", "seed", "position", "tokens", "accepted", "addresses")
+    """The kernel that draws, with all that it can."""
+    integers = (
+        "drafts", "row_begin", "top_k", "seed", "position", "tokens", "accepted", "state", "bins",
+        "addresses",
+    )  # fmt: skip
     signature = {
         **dict.fromkeys(integers, "*i64"), "logits": f"*{pointee}", "temperature": "*fp64",
-        "logs": "*fp32", "status": "*i32",
+        "top_p": "*fp64", "q": "*fp32", "logs": "*fp32", "status": "*i32",
     }  # fmt: skip
-    constants = {"BLOCKS": vocab_parallel_sample.BLOCKS, "LOGS": True, **layout.constants()}
+    constants = {
+        "BLOCKS": vocab_parallel_sample.BLOCKS, "DIGITS": 3,
+        "ROW_WORDS": vocab_parallel_sample.words_of_row(True, True),
+        **dict.fromkeys(("LOGS", "TRUNCATED", "DISTRIBUTED"), True), **layout.constants(),
+    }  # fmt: skip
     kernel, warps = vocab_parallel_sample.draw_kernel, vocab_parallel_sample.NUM_WARPS
     return compiled(architecture, kernel, signature, constants, warps)
 

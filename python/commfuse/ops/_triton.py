@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from commfuse.errors import BackendUnavailable, CommfuseError, UsageError
+from commfuse.errors import CommfuseError, UsageError
 from commfuse.ops._registry import DTYPES, Query
 from commfuse.ops._sampling import BLOCK, TARGET, Sampling
 from commfuse.runtime.communicator import Communicator
@@ -139,23 +139,22 @@ def draw_triton(
     log_probabilities: bool,
     place: Callable[[int, int], str],
     stream: int = TARGET,
+    draft_probabilities: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(tokens, accepted, log-probabilities) of rows that are drawn from the whole target.
+    """(tokens, accepted, log-probabilities).
 
     Looks at options and results on the host. ``place`` names a request's row in errors.
 
     Raises:
-        BackendUnavailable: a request draws by top-k or top-p.
-        UsageError: draft lengths do not fit; or the shard is not cut at a multiple of 128.
+        BackendUnavailable: the communicator's memory is too small for the rows.
+        UsageError: draft lengths or probabilities do not fit; or the shard is not cut at a multiple
+            of 128.
         CommfuseError: a row has no token.
     """
-    from commfuse.triton_kernels.vocab_parallel_sample import STATUS, draw
+    from commfuse.triton_kernels.vocab_parallel_sample import DRAFT_NAN, STATUS, draw
 
     drawn = sampling.temperature != 0
-    if bool((drawn & ((sampling.top_k > 0) | (sampling.top_p < 1))).any()):
-        raise BackendUnavailable(
-            f"{op}: the triton backend draws from all tokens; for top-k and top-p use cpu or cuda"
-        )
+    truncated = bool((drawn & ((sampling.top_k > 0) | (sampling.top_p < 1))).any())
     if logits.shape[1] and vocab_begin % BLOCK and bool(drawn.any()):
         raise UsageError(
             f"vocab_begin is {vocab_begin}: shards must be cut at multiples of {BLOCK}"
@@ -170,14 +169,22 @@ def draw_triton(
             f"logits has {len(logits)} rows, not {sum(counts) + batch} (each request's draft "
             "length + 1)"
         )
+    q, due = draft_probabilities, (sum(counts), logits.shape[1])
+    if q is not None and not (q.dtype == torch.float32 and q.shape == due and q.is_contiguous()):
+        raise UsageError(
+            f"draft_probabilities is not a contiguous float32 [{due[0]}, {due[1]}] (a row for each "
+            "draft token, this rank's columns)"
+        )
     comm.check_host()
     tokens, logs, accepted, status = draw(
-        op, logits, drafts, lengths, sampling.temperature, sampling.seed, positions, stream,
-        vocab_begin, log_probabilities, _workspace(comm),
+        op, logits, drafts, lengths, sampling.tensors, positions, stream, vocab_begin,
+        log_probabilities, _workspace(comm), draft_probabilities=q, truncated=truncated,
     )  # fmt: skip
     comm.check()
     rows = [(b, j) for b, length in enumerate(counts) for j in range(length + 1)]
     for row, kind in zip(rows, status.tolist(), strict=True):
+        if kind == DRAFT_NAN:
+            raise CommfuseError(f"the draft probabilities of {place(*row)} are NaN")
         if kind:
             raise CommfuseError(
                 f"the logits of {place(*row)} are {STATUS[kind]}: no token can be chosen"

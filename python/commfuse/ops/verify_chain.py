@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 
-from commfuse.errors import BackendUnavailable
 from commfuse.ops._registry import (
     Backend,
     Op,
@@ -132,14 +131,10 @@ def _triton(
     logits, drafts, draft_lengths, sampling, positions, vocab_begin, comm, draft_probabilities,
     log_probabilities,
 ):  # fmt: skip
-    if draft_probabilities is not None:
-        raise BackendUnavailable(
-            "verify_chain: the triton backend takes drafts without distributions; for "
-            "draft_probabilities use cpu or cuda"
-        )
     return draw_triton(
         "verify_chain", logits, drafts, draft_lengths, sampling, positions, vocab_begin, comm,
         log_probabilities, lambda request, row: _name((request, row)),
+        draft_probabilities=draft_probabilities,
     )  # fmt: skip
 
 
