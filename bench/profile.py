@@ -11,7 +11,6 @@ import functools
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from commfuse import ops
+from commfuse.bench.profile_cpu import layers_of, overheads, random_tensor, seconds
 from commfuse.bench.provenance import cpu_model, provenance
 from commfuse.bench.send_recv import to_and_fro
 from commfuse.bench.timing import Cell, gather, measure
@@ -40,12 +40,9 @@ MESSAGES = {
 STREAMED_BYTES = 1 << 30  # of a GPU's memory: many times its last-level cache
 SIDE = {"cpu": 2048, "cuda": 8192}
 ROWS = {"cpu": 256, "cuda": 4096}
-TINY = {"hidden": 128, "features": 256, "heads": 4, "head_dim": 32}  # a layer that is all overhead
-TINY_LAYERS = 32
 LARGE = {"hidden": 1024, "features": 4096, "heads": 16, "head_dim": 64}  # 34 MB of weights
 LARGE_LAYERS, LARGE_HEAD = 6, 32000  # 267 MB in all, several times a core's caches
-KERNELS = 10  # that the planner counts in a layer
-REPEATS, CALLS, ROUND_TRIPS = 25, 10, 1000
+ROUND_TRIPS = 1000
 
 
 def run_rank(device_type: str, path: Path) -> None:
@@ -148,33 +145,17 @@ def memory_bytes(comm: Communicator) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // comm.world_size
 
 
-def _random(comm: Communicator, *shape: int) -> torch.Tensor:
-    return torch.randn(*shape, device=comm.device).to(torch.bfloat16)
-
-
 def _gemms(comm: Communicator, rows: int, count: int) -> list[Callable[[], torch.Tensor]]:
     """Products of ``rows`` rows with ``count`` different square weights, each computed once."""
     kind = comm.device.type
     linear, pack = (ops.matmul, ops.pack_weight) if kind == "cpu" else (F.linear, lambda w: w)
     side = SIDE[kind]
-    x = _random(comm, rows, side)
-    weights = [pack(_random(comm, side, side)) for _ in range(count)]
+    x = random_tensor(comm, rows, side)
+    weights = [pack(random_tensor(comm, side, side)) for _ in range(count)]
     calls = [functools.partial(linear, x, weight) for weight in weights]
     for call in calls:
         call()
     return calls
-
-
-def _seconds(call: Callable[[], object], comm: Communicator | None) -> float:
-    """On the CPU, the median of some calls, which all ranks of a communicator begin together."""
-    times = []
-    for _ in range(REPEATS):
-        if comm is not None:
-            comm.barrier()
-        begin = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times)
 
 
 def stream_rates(comm: Communicator) -> tuple[float, float]:
@@ -191,17 +172,20 @@ def stream_rates(comm: Communicator) -> tuple[float, float]:
     hidden, features = LARGE["hidden"], LARGE["features"]
     width = LARGE["heads"] * LARGE["head_dim"]
     with Communicator() as single:
-        layers = _layers(single, LARGE, LARGE_LAYERS)
-        head, x = ops.pack_weight(_random(comm, LARGE_HEAD, hidden)), _random(comm, 1, hidden)
+        layers = layers_of(single, LARGE, LARGE_LAYERS)
+        head, x = (
+            ops.pack_weight(random_tensor(comm, LARGE_HEAD, hidden)),
+            random_tensor(comm, 1, hidden),
+        )
 
         def run() -> None:
             layers()
             ops.matmul(x, head)
 
         run()
-        together = gather(_seconds(run, comm), comm)
+        together = gather(seconds(run, comm), comm)
         # Meanwhile the others sleep in a socket: in a barrier they would poll, next to this core.
-        alone = gather(_seconds(run, None) if comm.rank == 0 else 0.0, comm)[0]
+        alone = gather(seconds(run, None) if comm.rank == 0 else 0.0, comm)[0]
     nbytes = 2 * hidden * (LARGE_LAYERS * (4 * width + 3 * features) + LARGE_HEAD)
     return nbytes / alone, nbytes / max(together)
 
@@ -213,7 +197,7 @@ def arithmetic_rate(comm: Communicator) -> float:
     operations = 2.0 * ROWS[kind] * SIDE[kind] ** 2
     if kind == "cuda":
         return operations / measure([Cell("gemm", calls)], comm)["gemm"].p50_us * 1e6
-    return operations / max(gather(_seconds(calls[0], comm), comm))
+    return operations / max(gather(seconds(calls[0], comm), comm))
 
 
 def all_reduce_us(comm: Communicator, nbytes: int) -> float:
@@ -259,78 +243,3 @@ def _copy_us(comm: Communicator, nbytes: int) -> float:
     comm.barrier()  # nobody unmaps what a peer may still write to
     buffer.close()
     return found
-
-
-def overheads(comm: Communicator, all_reduce: float) -> dict[str, float]:
-    """Seconds of a layer, an all-reduce and a step beyond what the planner counts by bytes."""
-    with Communicator() as single:
-        layer = _tiny_layer_seconds(single)
-    kernel = layer / KERNELS
-    waiting = (_tiny_layer_seconds(comm) - layer) / 2 - all_reduce * 1e-6
-    slowest = max(gather(waiting, comm))
-    return {
-        "kernel": max(gather(kernel, comm)),
-        "sync": max(slowest, 1e-8),
-        "step": max(gather(_step_seconds(comm), comm)),
-        "attention_memory": 0.5,
-        "arrival": 1e-3,
-        "load": 1.0,
-    }
-
-
-def _tiny_layer_seconds(comm: Communicator) -> float:
-    """A layer whose weights take no time to read, its all-reduces included."""
-    layers = _layers(comm, TINY, TINY_LAYERS)
-
-    def run() -> None:
-        for _ in range(CALLS):
-            layers()
-
-    return _seconds(run, comm) / CALLS / TINY_LAYERS
-
-
-def _layers(comm: Communicator, sizes: dict[str, int], count: int) -> Callable[[], object]:
-    """A decoding step of one request through so many layers; called once."""
-    hidden, features = sizes["hidden"], sizes["features"]
-    heads, head_dim = sizes["heads"], sizes["head_dim"]
-    width = heads * head_dim
-    blocks = [
-        ops.BlockWeights(
-            qkv=ops.pack_weight(_random(comm, 3 * width, hidden)),
-            output=ops.pack_weight(_random(comm, hidden, width)),
-            gate_up=ops.pack_gate_up(*(_random(comm, features, hidden) for _ in range(2))),
-            down=ops.pack_weight(_random(comm, hidden, features)),
-            middle_norm=_random(comm, hidden),
-            next_norm=_random(comm, hidden),
-            heads=(heads, 0, 1),
-            eps=1e-5,
-        )
-        for _ in range(count)
-    ]
-    shape = (1, heads, 16, head_dim)
-    caches = [tuple(torch.zeros(shape, dtype=torch.bfloat16) for _ in "kv") for _ in blocks]
-    rotary = (torch.ones(16, head_dim // 2), torch.zeros(16, head_dim // 2))
-    placement = ops.Placement(torch.tensor([0]), torch.tensor([1]), rotary)
-    x = _random(comm, 1, hidden) * 0.01
-
-    def run() -> object:
-        return ops.transformer_blocks(x, x.clone(), blocks, caches, placement, comm)
-
-    run()
-    return run
-
-
-def _step_seconds(comm: Communicator) -> float:
-    """What a decoding step does outside its layers, but for the head's GEMM."""
-    logits = torch.zeros(1, 512)
-    table = ops.pack_weight(_random(comm, 512, TINY["hidden"]))
-    norm = _random(comm, TINY["hidden"])
-
-    def step() -> None:
-        for _ in range(CALLS):
-            tokens, begin = torch.tensor([1]), 512 * comm.rank
-            ops.vocab_parallel_embedding(tokens, table, begin, comm, norm_weight=norm)
-            ops.vocab_parallel_argmax(logits, begin, comm).tolist()
-
-    step()
-    return _seconds(step, comm) / CALLS
