@@ -13,15 +13,15 @@ GPU_PYTHON ?= python3
 GPU_CC ?= /usr/bin/gcc
 GPU_CXX ?= /usr/bin/g++
 GPU_RANKS ?= 2,4,8
-GPU_OPS ?= all_reduce all_reduce_rms_norm matmul_all_reduce reduce_scatter all_gather verify_chain \
-  vocab_parallel_sample vocab_parallel_argmax
-GPU_SECONDS ?= 300
+GPU_OPS ?=
+GPU_SECONDS ?= 540
 OUT ?= build/gpu-rows
+START := $(shell date +%s)
 
 SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
-CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc')
+CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc')
 # Folders are listed too: their time changes when a file in them is deleted.
 BUILD_INPUTS := $(shell find csrc) $(wildcard triton_kernels/__init__.py bench/__init__.py)
 GPU_PATH := $(CURDIR)/build/gpu-path
@@ -41,7 +41,8 @@ help:
 	@echo 'make lint        ruff and clang-format, without changing a file'
 	@echo 'make format      the same, changing files'
 	@echo 'make gpu-test    build for this machine'"'"'s GPU, with its own Python, and run the tests of GPUs'
-	@echo 'make gpu-bench   the same for the benchmarks; rows go to OUT=build/gpu-rows'
+	@echo 'make gpu-bench   the same for commfuse tune and the benchmarks; all that they find goes to'
+	@echo '                 OUT=build/gpu-rows, the most important first, in GPU_SECONDS=540 at most'
 	@echo 'make setup       the set-up alone'
 	@echo 'make clean       remove what was built; make distclean: the environment too'
 	@echo
@@ -52,8 +53,7 @@ help:
 	@echo 'GPU_PYTHON=python3      the Python of gpu-test and gpu-bench: with torch for CUDA, triton, ninja,'
 	@echo '                        pytest, typer, rich, tokenizers, jinja2; and nvcc on PATH. GPU_CC, GPU_CXX:'
 	@echo '                        its compiler'
-	@echo 'GPU_RANKS=2,4,8         the numbers of ranks of gpu-bench; GPU_OPS: its ops; GPU_SECONDS=300: the'
-	@echo '                        longest that one may take'
+	@echo 'GPU_RANKS=2,4,8         the numbers of ranks of gpu-bench; GPU_OPS="all_reduce": its ops'
 	@echo 'ARGS=...                more arguments for demo, test, test-long, bench, gpu-test, gpu-bench'
 
 # Holds the torch that was asked for last. It changes, and with it everything that is built on it,
@@ -113,13 +113,8 @@ gpu-test: gpu-setup
 	  -m 'gpu and not long' tests/gpu $(ARGS)
 
 gpu-bench: gpu-setup
-	@mkdir -p "$(OUT)"
-	@failed=0; for op in $(GPU_OPS) matmul; do \
-	  ranks=$(GPU_RANKS); [[ $$op != matmul ]] || ranks=1; \
-	  timeout $(GPU_SECONDS) $(GPU_RUN) -m commfuse bench $$op --device cuda --ranks $$ranks \
-	    --json $(ARGS) > "$(OUT)/$$op.jsonl" || failed=$$?; done; \
-	$(GPU_RUN) -m commfuse.bench.table $(foreach op,$(GPU_OPS) matmul,"$(OUT)/$(op).jsonl"); \
-	exit $$failed
+	@$(GPU_RUN) -m commfuse.bench.gpu_session --out "$(OUT)" --until $$(($(START) + $(GPU_SECONDS))) \
+	  --ranks $(GPU_RANKS) $(if $(GPU_OPS),--ops $(GPU_OPS)) -- $(ARGS)
 
 lint: $(VENV)/.dependencies
 	$(BIN)/ruff check .

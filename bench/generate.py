@@ -19,6 +19,7 @@ from commfuse.bench.table import print_generate_table
 from commfuse.errors import CommfuseError, UsageError
 from commfuse.models.checkpoint import open_checkpoint
 from commfuse.models.llama import check_parallelism
+from commfuse.models.stages import cut_stages
 from commfuse.models.tokenizer import Tokenizer
 from commfuse.runtime import launch
 from commfuse.runtime.communicator import SHARED_MEMORY, TORCH_DISTRIBUTED
@@ -58,6 +59,7 @@ class Engine:
         backend: ``cpu``, ``torch`` (ours over gloo) or ``transformers``.
         ranks, threads: how many, and threads of each rank.
         dtype: name of a torch dtype.
+        stages: of a pipeline, into which the layers are cut; its ranks are the stages.
         repeating: whether it also answers the prompts of ``REPEATING``, with and without n-grams.
     """
 
@@ -66,14 +68,28 @@ class Engine:
     ranks: int
     threads: int
     dtype: str
+    stages: int = 1
     repeating: bool = False
 
 
-def engines(world_size: int, dtype: str, backends: Sequence[str], cores: int) -> list[Engine]:
+def engines(
+    world_size: int,
+    dtype: str,
+    backends: Sequence[str],
+    cores: int,
+    only: Sequence[str] | None = None,
+) -> list[Engine]:
     """The engines of one run.
 
+    Args:
+        world_size: ranks of those with several.
+        dtype: name of a torch dtype, of ours.
+        backends: see :data:`BACKENDS`.
+        cores: of the machine.
+        only: names of engines, the others are left out; None: all.
+
     Raises:
-        UsageError: an unknown backend.
+        UsageError: an unknown backend, or an unknown engine.
     """
     for name in backends:
         if name not in BACKENDS:
@@ -84,21 +100,29 @@ def engines(world_size: int, dtype: str, backends: Sequence[str], cores: int) ->
     if world_size > 1:
         found.append(Engine(f"tp{world_size}", "cpu", world_size, each, dtype, repeating=True))
         found.append(Engine(f"tp{world_size}_gloo", "torch", world_size, each, dtype))
+        found.append(Engine(f"pp{world_size}", "cpu", world_size, each, dtype, stages=world_size))
     found += [
         Engine(f"transformers_{kind}_{n}t", "transformers", 1, n, kind)
         for kind in ("bfloat16", "float32")
         for n in thread_counts
     ]
-    return [engine for engine in found if engine.backend in backends]
+    found = [engine for engine in found if engine.backend in backends]
+    if only is None:
+        return found
+    names = [engine.name for engine in found]
+    if unknown := [name for name in only if name not in names]:
+        raise UsageError(f"unknown configuration {', '.join(unknown)}: use {', '.join(names)}")
+    return [engine for engine in found if engine.name in only]
 
 
 def run_generate(
     model: str,
     world_size: int,
     backends: tuple[str, ...] | None,
+    only: tuple[str, ...] | None,
     dtype: str,
     rounds: int,
-    link: Link | None,
+    links: dict[str, Link],
     as_json: bool,
 ) -> None:
     """Runs every engine ``rounds`` times, in turn, and prints the rows.
@@ -112,20 +136,22 @@ def run_generate(
         backends = BACKENDS if path.is_dir() else BACKENDS[:2]
     elif "transformers" in backends and not path.is_dir():
         raise UsageError(f"backend 'transformers' needs a directory, and {path} is none")
-    chosen = engines(world_size, dtype, backends, len(os.sched_getaffinity(0)))
+    chosen = engines(world_size, dtype, backends, len(os.sched_getaffinity(0)), only)
     if not chosen:
         raise UsageError("backend 'torch' (gloo) needs --ranks 2 or more")
     if _extension.module is None and any(e.backend != "transformers" for e in chosen):
         raise UsageError(_extension.reason)
     with open_checkpoint(path) as checkpoint:
-        check_parallelism(checkpoint.config, world_size)
+        for engine in chosen:
+            check_parallelism(checkpoint.config, engine.ranks // engine.stages)
+            cut_stages(checkpoint.config, engine.stages)
         tasks = _tasks(checkpoint.tokenizer(), checkpoint.config.eos_token_ids)
     reports: dict[str, list[dict]] = {engine.name: [] for engine in chosen}
     for number in range(1, rounds + 1):
         for engine in chosen:
             print(f"round {number} of {rounds}: {engine.name}", file=sys.stderr, flush=True)
-            reports[engine.name].append(_run(engine, path, tasks, link))
-    rows = make_rows(chosen, reports, tasks, link)
+            reports[engine.name].append(_run(engine, path, tasks, links))
+    rows = make_rows(chosen, reports, tasks, links)
     if as_json:
         for row in rows:
             print(json.dumps(row), flush=True)
@@ -156,13 +182,22 @@ def _tasks(tokenizer: Tokenizer, stop_ids: Sequence[int]) -> list[Task]:
     return tasks
 
 
-def _run(engine: Engine, model: Path, tasks: list[Task], link: Link | None) -> dict:
+def _link(engine: Engine, links: dict[str, Link]) -> Link | None:
+    """The emulated link between the engine's ranks, if any."""
+    if engine.ranks == 1:
+        return None
+    return links.get("pp" if engine.stages > 1 else "tp")
+
+
+def _run(engine: Engine, model: Path, tasks: list[Task], links: dict[str, Link]) -> dict:
     """Starts an engine's processes, and returns what rank 0 reports."""
+    link = _link(engine, links)
     with tempfile.TemporaryDirectory(prefix="commfuse-bench-") as folder:
         job = Job(
             engine="transformers" if engine.backend == "transformers" else "commfuse",
             model=str(model),
             ranks=engine.ranks,
+            stages=engine.stages,
             threads=engine.threads,
             dtype=engine.dtype,
             transport=TORCH_DISTRIBUTED if engine.backend == "torch" else SHARED_MEMORY,
@@ -197,7 +232,7 @@ def make_rows(
     chosen: Sequence[Engine],
     reports: dict[str, list[dict]],
     tasks: Sequence[Task],
-    link: Link | None,
+    links: dict[str, Link],
 ) -> list[dict]:
     """Rows of results, one for each engine and task; ``bench/README.md`` says what they mean.
 
@@ -205,7 +240,7 @@ def make_rows(
         chosen: the engines.
         reports: by engine, what its rank 0 reported in each round.
         tasks: all tasks; an engine may have done the first alone.
-        link: the emulated link, if any.
+        links: emulated ones, by dimension.
 
     Raises:
         CommfuseError: a speculative answer differs from the plain one.
@@ -228,6 +263,7 @@ def make_rows(
                 continue
             _check_speculation(engine, task, reports[engine.name])
             runs, speed = _runs(reports[engine.name], task.name), speeds[engine.name, task.name]
+            link = _link(engine, links)
             ours, plain = engine.backend != "transformers", task.name == PLAIN
             p20, p50, p80 = np.percentile(
                 [1e6 / r["tokens_per_second"] for r in runs], (20, 50, 80)
@@ -240,7 +276,7 @@ def make_rows(
                     "device": "cpu",
                     "gpus": 0,
                     "ranks": engine.ranks,
-                    "emulated": link.name if link and engine.ranks > 1 else False,
+                    "emulated": link.name if link else False,
                     "dtype": engine.dtype,
                     "shape": {
                         "batch": 1,
@@ -253,6 +289,7 @@ def make_rows(
                     "p80_us": p80,
                     "exposed": None,
                     "configuration": engine.name,
+                    "stages": engine.stages,
                     "task": task.name,
                     "speculate": f"ngram:{task.draft_length}" if task.draft_length else "off",
                     "threads_per_rank": engine.threads,

@@ -45,6 +45,7 @@ class Job:
         engine: ``commfuse`` or ``transformers``.
         model: path of the checkpoint.
         ranks, threads: of the job, and of each rank.
+        stages: of a pipeline: 1, or as many as there are ranks.
         dtype: name of a torch dtype.
         transport: of the communicator.
         link: emulated, as ``latency_us:GB/s``; None: none.
@@ -56,6 +57,7 @@ class Job:
     engine: str
     model: str
     ranks: int
+    stages: int
     threads: int
     dtype: str
     transport: str
@@ -93,26 +95,30 @@ def _run_commfuse(job: Job) -> dict | None:
 
     from commfuse import _extension
     from commfuse.bench.timing import gather
-    from commfuse.generation import Generator
+    from commfuse.generation import Generator, Pipeline
     from commfuse.models.checkpoint import open_checkpoint
     from commfuse.models.llama import Llama
-    from commfuse.runtime.communicator import Communicator
+    from commfuse.models.stages import cut_stages
     from commfuse.runtime.launch import join_job
     from commfuse.runtime.link import parse_link
+    from commfuse.runtime.mesh import init_mesh
 
     torch.set_num_threads(job.threads)
     _meet(job.folder, job.ranks)
     idle = _memory()
     if job.ranks > 1:
         join_job()
-    group = dist.group.WORLD if job.ranks > 1 else None
     link = parse_link(job.link) if job.link else None
+    tp, pp = (job.ranks, 1) if job.stages == 1 else (1, job.ranks)
     transport = job.transport if job.ranks > 1 else "auto"
-    with Communicator(group, transport=transport, link=link) as comm:
+    options = {"transport": transport, "links": {"pp" if pp > 1 else "tp": link}}
+    with init_mesh(tp=tp, pp=pp, **options) as mesh:
+        comm = mesh.pp if pp > 1 else mesh.tp  # of all ranks
         with open_checkpoint(Path(job.model)) as checkpoint:
-            model = Llama(checkpoint, comm, getattr(torch, job.dtype))
+            stage = cut_stages(checkpoint.config, pp)[mesh.pp.rank]
+            model = Llama(checkpoint, mesh.tp, getattr(torch, job.dtype), stage)
             weight_bytes = _weight_bytes_per_token(checkpoint) * model.dtype.itemsize
-        generator = Generator(model)
+        generator = Generator(model, Pipeline(model, mesh.pp))
         tasks = [Task(**task) for task in job.tasks]
         _generate(generator, tasks[0], WARM_UP_TOKENS)
         results: dict[str, list] = {task.name: [] for task in tasks}

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from commfuse import ops
 from commfuse.bench import sampling_peers
+from commfuse.bench.engine_peers import VERIFY_PEERS
 from commfuse.bench.peers import Peer, check_gemm, gemm_then_all_reduce
 from commfuse.ops.all_reduce import reference as all_reduce_reference
 from commfuse.runtime.communicator import SYMMETRIC_MEMORY, Communicator
@@ -269,5 +270,5 @@ GPU_PEERS: dict[str, tuple[Peer, ...]] = {
         ),
     ),
     "vocab_parallel_sample": _draws(_gather_then_sample, sampling_peers.sample),
-    "verify_chain": _draws(_gather_then_verify, sampling_peers.verify),
+    "verify_chain": (*_draws(_gather_then_verify, sampling_peers.verify), *VERIFY_PEERS),
 }

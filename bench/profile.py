@@ -7,6 +7,7 @@ steps of ``commfuse generate`` cost beside them. Rank 0 writes a cluster file fo
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import statistics
 import sys
@@ -21,19 +22,30 @@ import torch.nn.functional as F
 
 from commfuse import ops
 from commfuse.bench.provenance import cpu_model, provenance
+from commfuse.bench.send_recv import to_and_fro
 from commfuse.bench.timing import Cell, gather, measure
+from commfuse.errors import BackendUnavailable
 from commfuse.planner.cluster_file import write_cluster
 from commfuse.runtime import launch
+from commfuse.runtime.channel import Channel
 from commfuse.runtime.communicator import SHARED_MEMORY, Communicator
+from commfuse.runtime.symmetric import SymmetricBuffer
 
-MESSAGES = tuple(1 << exponent for exponent in range(10, 24, 2))  # 1 KB to 4 MB
-STREAMED_BYTES = 256 << 20  # several times a last-level cache
-SIDE = 2048  # of the square weights that are streamed
-ROWS = {"cpu": 256, "cuda": 4096}  # of a GEMM that is bound by arithmetic
+# By device: bytes of messages, 1 KB to 4 MB or 64 MB; side of a square weight; rows of a GEMM that
+# is bound by arithmetic.
+MESSAGES = {
+    "cpu": tuple(1 << exponent for exponent in range(10, 24, 2)),
+    "cuda": tuple(1 << exponent for exponent in range(10, 28, 2)),
+}
+STREAMED_BYTES = 1 << 30  # of a GPU's memory: many times its last-level cache
+SIDE = {"cpu": 2048, "cuda": 8192}
+ROWS = {"cpu": 256, "cuda": 4096}
 TINY = {"hidden": 128, "features": 256, "heads": 4, "head_dim": 32}  # a layer that is all overhead
 TINY_LAYERS = 32
+LARGE = {"hidden": 1024, "features": 4096, "heads": 16, "head_dim": 64}  # 34 MB of weights
+LARGE_LAYERS, LARGE_HEAD = 6, 32000  # 267 MB in all, several times a core's caches
 KERNELS = 10  # that the planner counts in a layer
-REPEATS, CALLS = 7, 10
+REPEATS, CALLS, ROUND_TRIPS = 25, 10, 1000
 
 
 def run_rank(device_type: str, path: Path) -> None:
@@ -44,6 +56,7 @@ def run_rank(device_type: str, path: Path) -> None:
         path: of the file to write.
 
     Raises:
+        BackendUnavailable: the GPUs cannot map each other's memory.
         CommfuseError: a call failed.
     """
     launch.join_job()
@@ -55,6 +68,8 @@ def run_rank(device_type: str, path: Path) -> None:
     stream = torch.cuda.stream(torch.cuda.Stream()) if on_gpu else contextlib.nullcontext()
     try:
         with torch.inference_mode(), stream, Communicator(dist.group.WORLD, device=device) as comm:
+            if on_gpu and not comm.serves_gpu:
+                raise BackendUnavailable(f"--device cuda: {comm.transport_reason}")
             found = measure_all(comm)
             if comm.rank == 0:
                 write_cluster(path, found)
@@ -67,13 +82,19 @@ def measure_all(comm: Communicator) -> dict[str, Any]:
     """The content of a cluster file, the same on every rank."""
     on_cpu = comm.device.type == "cpu"
     say = print if comm.rank == 0 else (lambda *_, **__: None)
-    alone, together = stream_rates(comm)
+    rates = [stream_rates(comm)]
     flops = arithmetic_rate(comm)
+    sizes = MESSAGES[comm.device.type]
+    reduces = {size: all_reduce_us(comm, size) for size in sizes}
+    sends = {size: send_us(comm, size, reduces[sizes[0]]) for size in sizes}
+    for what, times in (("all-reduce", reduces), ("send", sends)):
+        ends = ", ".join(f"{times[n]:.1f} us for {n >> 10} KB" for n in (sizes[0], sizes[-1]))
+        say(f"{what} {ends}", file=sys.stderr)
+    measured = overheads(comm, reduces[sizes[0]]) if on_cpu else {}
+    # Before and after the others: neighbours of a virtual machine take its memory for seconds.
+    rates.append(stream_rates(comm))
+    alone, together = (statistics.fmean(found) for found in zip(*rates, strict=True))
     say(f"memory {alone / 1e9:.1f} GB/s alone, {together / 1e9:.1f} together", file=sys.stderr)
-    reduces = {size: all_reduce_us(comm, size) for size in MESSAGES}
-    sends = {size: send_us(comm, size) for size in MESSAGES}
-    smallest, largest = reduces[MESSAGES[0]], reduces[MESSAGES[-1]]
-    say(f"all-reduce {smallest:.1f} us for 1 KB, {largest:.0f} us for 4 MB", file=sys.stderr)
     facts: dict[str, Any] = {
         "name": device_name(comm).lower().replace(" ", "-"),
         "bandwidth_gb_per_s": round(alone / 1e9, 2),
@@ -81,15 +102,14 @@ def measure_all(comm: Communicator) -> dict[str, Any]:
         "tflops": {"bf16": round(flops / 1e12, 3)},
         "achievable": 1.0,
     }
-    calibration: dict[str, float] = {"memory": 1.0, "gemm": 1.0}
+    calibration: dict[str, float] = {"memory": 1.0, "gemm": 1.0, **measured}
     if on_cpu:
         facts["name"] = "cpu"
         facts["title"] = f"a core of {device_name(comm)}"
         facts["host_bandwidth_gb_per_s"] = round(together * comm.world_size / 1e9, 2)
-        calibration.update(overheads(comm, reduces[MESSAGES[0]]))
     link = {
-        "latency_us": round(sends[MESSAGES[0]], 2),
-        "gb_per_s": round(MESSAGES[-1] / sends[MESSAGES[-1]] / 1e3, 3),
+        "latency_us": round(sends[sizes[0]], 2),
+        "gb_per_s": round(sizes[-1] / sends[sizes[-1]] / 1e3, 3),
         "mapped": comm.transport == SHARED_MEMORY or comm.serves_gpu,
         "all_reduce_us": {comm.world_size: ascending(reduces)},
         "send_us": ascending(sends),
@@ -121,59 +141,79 @@ def device_name(comm: Communicator) -> str:
 
 
 def memory_bytes(comm: Communicator) -> int:
-    """Of one device; cores share the host's."""
+    """Of one device; cores share the host's, and ranks may share a GPU."""
     if comm.device.type == "cuda":
-        return torch.cuda.get_device_properties(comm.device).total_memory
+        total = torch.cuda.get_device_properties(comm.device).total_memory
+        return total // -(-comm.world_size // torch.cuda.device_count())
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // comm.world_size
 
 
-def _linear(comm: Communicator) -> Callable[[torch.Tensor, Any], torch.Tensor]:
-    return ops.matmul if comm.device.type == "cpu" else F.linear
+def _random(comm: Communicator, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, device=comm.device).to(torch.bfloat16)
+
+
+def _gemms(comm: Communicator, rows: int, count: int) -> list[Callable[[], torch.Tensor]]:
+    """Products of ``rows`` rows with ``count`` different square weights, each computed once."""
+    kind = comm.device.type
+    linear, pack = (ops.matmul, ops.pack_weight) if kind == "cpu" else (F.linear, lambda w: w)
+    side = SIDE[kind]
+    x = _random(comm, rows, side)
+    weights = [pack(_random(comm, side, side)) for _ in range(count)]
+    calls = [functools.partial(linear, x, weight) for weight in weights]
+    for call in calls:
+        call()
+    return calls
 
 
 def _seconds(call: Callable[[], object], comm: Communicator | None) -> float:
-    """The median of some calls, which all ranks of a communicator begin together."""
+    """On the CPU, the median of some calls, which all ranks of a communicator begin together."""
     times = []
     for _ in range(REPEATS):
         if comm is not None:
             comm.barrier()
         begin = time.perf_counter()
         call()
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
         times.append(time.perf_counter() - begin)
     return statistics.median(times)
 
 
 def stream_rates(comm: Communicator) -> tuple[float, float]:
-    """Bytes/s at which GEMMs of one row read weights: this rank alone, and all at once."""
-    linear, pack = _linear(comm), ops.pack_weight if comm.device.type == "cpu" else lambda w: w
-    count = STREAMED_BYTES // (SIDE * SIDE * 2)
-    weights = [pack(_random(comm, SIDE, SIDE)) for _ in range(count)]
-    x = _random(comm, 1, SIDE)
+    """Bytes/s at which a step of one row reads weights: this rank alone, and all at once.
 
-    def stream() -> None:
-        for weight in weights:
-            linear(x, weight)
+    On the CPU they are read as in the engine: layers by one call, which prefetches from one GEMM to
+    the next, and a head, which is a GEMM of its own and reaches less.
+    """
+    if comm.device.type == "cuda":
+        each = SIDE["cuda"] ** 2 * 2
+        calls = _gemms(comm, 1, STREAMED_BYTES // each)
+        rate = each / measure([Cell("stream", calls)], comm)["stream"].p50_us * 1e6
+        return rate, rate  # each reads its own memory
+    hidden, features = LARGE["hidden"], LARGE["features"]
+    width = LARGE["heads"] * LARGE["head_dim"]
+    with Communicator() as single:
+        layers = _layers(single, LARGE, LARGE_LAYERS)
+        head, x = ops.pack_weight(_random(comm, LARGE_HEAD, hidden)), _random(comm, 1, hidden)
 
-    stream()
-    together = gather(_seconds(stream, comm), comm)
-    # Meanwhile the others sleep in a socket: in a barrier they would poll, next to this core.
-    alone = gather(_seconds(stream, None) if comm.rank == 0 else 0.0, comm)[0]
-    return STREAMED_BYTES / alone, STREAMED_BYTES / max(together)
+        def run() -> None:
+            layers()
+            ops.matmul(x, head)
+
+        run()
+        together = gather(_seconds(run, comm), comm)
+        # Meanwhile the others sleep in a socket: in a barrier they would poll, next to this core.
+        alone = gather(_seconds(run, None) if comm.rank == 0 else 0.0, comm)[0]
+    nbytes = 2 * hidden * (LARGE_LAYERS * (4 * width + 3 * features) + LARGE_HEAD)
+    return nbytes / alone, nbytes / max(together)
 
 
 def arithmetic_rate(comm: Communicator) -> float:
     """Operations/s of a GEMM with many rows, all ranks at once."""
-    linear, pack = _linear(comm), ops.pack_weight if comm.device.type == "cpu" else lambda w: w
-    rows = ROWS[comm.device.type]
-    weight, x = pack(_random(comm, SIDE, SIDE)), _random(comm, rows, SIDE)
-    slowest = max(gather(_seconds(lambda: linear(x, weight), comm), comm))
-    return 2.0 * rows * SIDE * SIDE / slowest
-
-
-def _random(comm: Communicator, *shape: int) -> torch.Tensor:
-    return torch.randn(*shape, device=comm.device).to(torch.bfloat16)
+    kind = comm.device.type
+    calls = _gemms(comm, ROWS[kind], 1)
+    operations = 2.0 * ROWS[kind] * SIDE[kind] ** 2
+    if kind == "cuda":
+        return operations / measure([Cell("gemm", calls)], comm)["gemm"].p50_us * 1e6
+    return operations / max(gather(_seconds(calls[0], comm), comm))
 
 
 def all_reduce_us(comm: Communicator, nbytes: int) -> float:
@@ -181,26 +221,44 @@ def all_reduce_us(comm: Communicator, nbytes: int) -> float:
     x = torch.zeros(nbytes // 2, dtype=torch.bfloat16, device=comm.device)
     ops.all_reduce(x, comm)
     cell = Cell("all_reduce", [lambda: ops.all_reduce(x, comm)])
-    return measure([cell], comm, iterations=None if nbytes < 1 << 20 else 100)["all_reduce"].p50_us
+    few = comm.device.type == "cpu" and nbytes >= 1 << 20
+    return measure([cell], comm, iterations=100 if few else None)["all_reduce"].p50_us
 
 
-def send_us(comm: Communicator, nbytes: int) -> float:
-    """One message from rank 0 to rank 1: half of a round trip over torch.distributed."""
-    if comm.world_size == 1:
-        return 1.0
-    x = torch.zeros(nbytes // 2, dtype=torch.bfloat16, device=comm.device)
+def send_us(comm: Communicator, nbytes: int, signal_us: float) -> float:
+    """One message from a rank to another.
 
-    def round_trip() -> None:
-        if comm.rank > 1:
-            return
-        for sender in (0, 1):
-            if comm.rank == sender:
-                dist.send(x, 1 - sender, group=comm.group)
-            else:
-                dist.recv(x, 1 - comm.rank, group=comm.group)
+    On the CPU half of a round trip through channels, as between the stages of a pipeline. On GPUs a
+    copy into the next rank's memory, all at the same time, which takes at least a signal.
 
-    round_trip()
-    return gather(_seconds(round_trip, comm), comm)[0] / 2 * 1e6
+    Args:
+        comm: of the ranks, two at least.
+        nbytes: of the message.
+        signal_us: of the smallest all-reduce: everything about it but its bytes.
+    """
+    if comm.device.type == "cuda":
+        return max(_copy_us(comm, nbytes), signal_us)
+    sizes = {"rows": 1, "columns": nbytes // 2, "dtype": torch.bfloat16}
+    there, back = Channel(comm, 0, 1, **sizes), Channel(comm, 1, 0, **sizes)
+    x, times = torch.zeros(1, nbytes // 2, dtype=torch.bfloat16), [0]
+    comm.barrier()
+    if comm.rank < 2:
+        times = to_and_fro(x, there, back, ROUND_TRIPS) or times
+    there.close()
+    back.close()
+    return gather(statistics.median(times), comm)[0] / 2e3
+
+
+def _copy_us(comm: Communicator, nbytes: int) -> float:
+    buffer = SymmetricBuffer(comm.group, nbytes, comm.device)
+    target = buffer.of_rank((comm.rank + 1) % comm.world_size)
+    x = torch.zeros(nbytes, dtype=torch.uint8, device=comm.device)
+    target.copy_(x)
+    found = measure([Cell("copy", [lambda: target.copy_(x)])], comm)["copy"].p50_us
+    torch.cuda.synchronize()
+    comm.barrier()  # nobody unmaps what a peer may still write to
+    buffer.close()
+    return found
 
 
 def overheads(comm: Communicator, all_reduce: float) -> dict[str, float]:
@@ -222,8 +280,19 @@ def overheads(comm: Communicator, all_reduce: float) -> dict[str, float]:
 
 def _tiny_layer_seconds(comm: Communicator) -> float:
     """A layer whose weights take no time to read, its all-reduces included."""
-    hidden, features = TINY["hidden"], TINY["features"]
-    heads, head_dim = TINY["heads"], TINY["head_dim"]
+    layers = _layers(comm, TINY, TINY_LAYERS)
+
+    def run() -> None:
+        for _ in range(CALLS):
+            layers()
+
+    return _seconds(run, comm) / CALLS / TINY_LAYERS
+
+
+def _layers(comm: Communicator, sizes: dict[str, int], count: int) -> Callable[[], object]:
+    """A decoding step of one request through so many layers; called once."""
+    hidden, features = sizes["hidden"], sizes["features"]
+    heads, head_dim = sizes["heads"], sizes["head_dim"]
     width = heads * head_dim
     blocks = [
         ops.BlockWeights(
@@ -236,7 +305,7 @@ def _tiny_layer_seconds(comm: Communicator) -> float:
             heads=(heads, 0, 1),
             eps=1e-5,
         )
-        for _ in range(TINY_LAYERS)
+        for _ in range(count)
     ]
     shape = (1, heads, 16, head_dim)
     caches = [tuple(torch.zeros(shape, dtype=torch.bfloat16) for _ in "kv") for _ in blocks]
@@ -244,18 +313,17 @@ def _tiny_layer_seconds(comm: Communicator) -> float:
     placement = ops.Placement(torch.tensor([0]), torch.tensor([1]), rotary)
     x = _random(comm, 1, hidden) * 0.01
 
-    def run() -> None:
-        for _ in range(CALLS):
-            ops.transformer_blocks(x, x.clone(), blocks, caches, placement, comm)
+    def run() -> object:
+        return ops.transformer_blocks(x, x.clone(), blocks, caches, placement, comm)
 
     run()
-    return _seconds(run, comm) / CALLS / TINY_LAYERS
+    return run
 
 
 def _step_seconds(comm: Communicator) -> float:
     """What a decoding step does outside its layers, but for the head's GEMM."""
     logits = torch.zeros(1, 512)
-    table = _random(comm, 512, TINY["hidden"])
+    table = ops.pack_weight(_random(comm, 512, TINY["hidden"]))
     norm = _random(comm, TINY["hidden"])
 
     def step() -> None:

@@ -120,6 +120,8 @@ def provenance() -> dict[str, object]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "transformers": _version("transformers"),
+        "vllm": _version("vllm"),
+        "flashinfer": _version("flashinfer-python"),
         "python": platform.python_version(),
         "cpu_model": cpu_model(),
         "cpu_isa": _extension.module.cpu_isa() if _extension.module is not None else None,

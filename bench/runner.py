@@ -6,25 +6,30 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from commfuse import _extension, ops
-from commfuse.bench.gpu_peers import GPU_PEERS
-from commfuse.bench.peers import CPU_PEERS, Peer
+from commfuse import _extension
+from commfuse.bench.peers import Peer
 from commfuse.bench.provenance import gpu_provenance, last_level_cache_bytes, provenance
+from commfuse.bench.selection import (
+    AUTO,
+    Options,
+    cases,
+    chosen,
+    explain,
+    left_out,
+    peers_of,
+)
 from commfuse.bench.table import show_rows
 from commfuse.bench.timing import SECONDS, Cell, Times, gather, measure
-from commfuse.errors import BackendUnavailable, CommfuseError, UsageError
+from commfuse.errors import BackendUnavailable, CommfuseError
 from commfuse.runtime import launch
 from commfuse.runtime.communicator import Communicator
-from commfuse.runtime.link import Link
 from commfuse.testing.adapter import Adapter, Inputs, Outputs
 from commfuse.testing.adapters import adapter_of
-from commfuse.testing.cases import MORE, QUICK, Case, cases_of
-from commfuse.testing.gpu_cases import gpu_cases_of
+from commfuse.testing.cases import Case
 from commfuse.testing.numerics import complaint, digest
 
 # Weights (and KV caches) rotate over copies that together exceed any cache that could hold them.
@@ -32,90 +37,22 @@ ROTATED_BYTES = 64 << 20
 READ_BYTES, READ_SLICE = 256 << 20, 32 << 20
 # Of each cell's calls, where differences of a few per cent between cells make `exposed`.
 EXPOSED_SECONDS = 4.0
-AUTO, _READ = "auto", "read"
+_READ = "read"
 _HAND_OVER, _DISPATCH = "hand over", "dispatch"
 _GEMM, _UNFUSED = "gemm", "gemm+all_reduce"
 
 
-@dataclass(frozen=True)
-class Options:
-    """A benchmark of one op, as ``commfuse bench`` takes it.
-
-    Attributes:
-        op: its name.
-        world_size: ranks.
-        backends: names of backends and peers, or ``auto``; None: all that can run here.
-        device: ``cpu`` or ``cuda``.
-        dtype: name of a torch dtype.
-        cases: ``quick`` or ``all``.
-        iterations: how often each cell is timed; None: see :func:`commfuse.bench.timing.measure`.
-        link: an emulated link, or None.
-        as_json: print JSON lines instead of a table.
-    """
-
-    op: str
-    world_size: int
-    backends: tuple[str, ...] | None = None
-    device: str = "cpu"
-    dtype: str = "bfloat16"
-    cases: str = "quick"
-    iterations: int | None = None
-    link: Link | None = None
-    as_json: bool = False
-
-
-def peers_of(op: str, device: str) -> tuple[Peer, ...]:
-    """What an op is compared with on a device."""
-    return (GPU_PEERS if device == "cuda" else CPU_PEERS).get(op, ())
-
-
-def known_backends(op: str, device: str) -> list[str]:
-    """Backends and peers of an op, ours first.
-
-    Raises:
-        UsageError: there is no such op; the message lists them.
-    """
-    if op not in ops.OP_NAMES:
-        known = (*ops.OP_NAMES, "send_recv", "pipeline", "wall")
-        raise UsageError(f"unknown op {op!r}: use {', '.join(known)} or generate")
-    other = "cpu" if device == "cuda" else "cuda"
-    names = [backend.name for backend in ops.op(op).backends if backend.name != other]
-    return names + [peer.name for peer in peers_of(op, device)]
-
-
-def check_options(options: Options) -> None:
-    """Refuses, before ranks are started, what they would all refuse.
-
-    Raises:
-        UsageError: an unknown op, one that is not measured on the device, or a backend that the op
-            does not have.
-    """
-    known = [*known_backends(options.op, options.device), AUTO]
-    for name in options.backends or ():
-        if name not in known:
-            raise UsageError(f"unknown backend {name!r} for {options.op}: use {', '.join(known)}")
-    cases(options)
-
-
-def cases(options: Options) -> list[Case]:
-    """What is measured.
-
-    Raises:
-        UsageError: nothing of this op is measured on the device.
-    """
-    kinds = (QUICK, MORE) if options.cases == "all" else (QUICK,)
-    if options.device == "cuda":
-        return gpu_cases_of(options.op, options.world_size, kinds)
-    return cases_of(options.op, kinds)
-
-
-def run_rank(options: Options) -> None:
+def run_rank(every: Sequence[Options]) -> None:
     """Runs a benchmark on this rank; rank 0 prints the rows.
+
+    Args:
+        every: as :func:`check_options`.
 
     Raises:
         UsageError: a backend that was asked for cannot run here; the message says why.
         CommfuseError: a result is wrong.
     """
+    options = every[0]
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // options.world_size))
     if launch.started_by_launcher():
         launch.join_job()
@@ -130,47 +67,15 @@ def run_rank(options: Options) -> None:
             stream,
             Communicator(group, device=device, link=options.link) as comm,
         ):
-            rows = (row for case in cases(options) for row in measure_case(case, options, comm))
-            show_rows(rows, options.as_json, quiet=comm.rank != 0)
+            for one in every:
+                if cases(one) and chosen(one, comm) and comm.rank == 0:
+                    for text in left_out(one, comm):
+                        print(text, file=sys.stderr, flush=True)
+                rows = (row for case in cases(one) for row in measure_case(case, one, comm))
+                show_rows(rows, one.as_json, quiet=comm.rank != 0)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _chosen(options: Options, comm: Communicator, dtype: torch.dtype) -> list[str]:
-    """What to run; peers that are measured beside one of our backends come along with it."""
-    peers = peers_of(options.op, options.device)
-    unavailable = {
-        name: reason
-        for name, reason in _explain(options, comm, dtype).reasons.items()
-        if reason != "chosen" and not reason.startswith("available")
-    }
-    for peer in peers:
-        if reason := unavailable.get(peer.beside) or peer.obstacle(comm, dtype):
-            unavailable[peer.name] = reason
-    if options.backends is None:
-        names = [n for n in known_backends(options.op, options.device) if n not in unavailable]
-        return [AUTO, *names] if options.device == "cuda" else names
-    for name in options.backends:
-        if name in unavailable:
-            raise UsageError(f"backend {name!r} cannot run {options.op} here: {unavailable[name]}")
-    names = list(options.backends)
-    for peer in peers:
-        if peer.name not in (*names, *unavailable) and {peer.beside, AUTO} & set(names):
-            names.append(peer.name)
-    return names
-
-
-def _explain(options: Options, comm: Communicator, dtype: torch.dtype) -> ops.Explanation:
-    packs = options.device == "cpu" and adapter_packs(options.op)
-    return ops.explain(
-        options.op, comm, device=options.device, dtype=dtype, packed=True if packs else None
-    )
-
-
-def adapter_packs(op: str) -> bool:
-    """Whether an op's CPU kernel takes a packed weight."""
-    return adapter_of(cases_of(op)[0], torch.float32, 1).packs_weight
 
 
 class _Truth:
@@ -199,12 +104,15 @@ def measure_case(case: Case, options: Options, comm: Communicator) -> list[dict]
         UsageError, CommfuseError: as :func:`run_rank`.
     """
     dtype = getattr(torch, options.dtype)
+    names = chosen(options, comm)
+    if not names:
+        return []  # asked for was what only another op of the set has
     adapter = adapter_of(case, dtype, comm.world_size, str(comm.device))
     truth = _Truth(adapter, comm.rank)
     peers = {peer.name: peer for peer in peers_of(case.op, options.device)}
     copies: dict[str, list[Inputs]] = {}  # by layout
     cells, problems = [], []
-    for name in _chosen(options, comm, dtype):
+    for name in names:
         peer = peers.get(name)
         layout = _layout(name, peer, options, comm, dtype)
         prepare = _preparation(adapter, layout, peer, comm)
@@ -230,7 +138,10 @@ def measure_case(case: Case, options: Options, comm: Communicator) -> list[dict]
     with Communicator(None) as alone:
         if adapter.one_message and "cpu" in copies and comm.world_size == 2:
             cells += _floor_cells(adapter, copies["cpu"][0], comm, alone)
-        times = measure(cells, comm, options.iterations, interleaved=streams, seconds=seconds)
+        times = measure(
+            cells, comm, options.iterations, interleaved=streams, seconds=seconds,
+            eager=options.launch == "eager",
+        )  # fmt: skip
     read_gb_per_s = READ_SLICE / times[_READ].p50_us / 1e3 if streams else None
     return [
         _row(adapter, options, comm, times, cell.name, len(cell.calls), read_gb_per_s)
@@ -247,7 +158,7 @@ def _layout(
         return "cuda"
     if peer is not None:
         return peer.layout
-    return _explain(options, comm, dtype).backend if name == AUTO else name
+    return explain(options, comm, dtype).backend if name == AUTO else name
 
 
 def _copies(adapter: Adapter, comm: Communicator) -> int:
@@ -464,7 +375,7 @@ def _row(
         ]
         row |= {
             "of_baseline": time.p50_us / min(baselines) if baselines and not partial else None,
-            "graph": True,
+            "graph": options.launch == "graph",
             "calls_per_replay": time.calls,
             **gpu_provenance(comm),
         }

@@ -44,7 +44,7 @@ def gather(shard: torch.Tensor, widths: list[int], comm: Communicator) -> torch.
     return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], dim=1)
 
 
-def _probabilities(logits: torch.Tensor, inputs: Inputs, rows_each: int) -> torch.Tensor:
+def probabilities(logits: torch.Tensor, inputs: Inputs, rows_each: int) -> torch.Tensor:
     """float32 [rows, vocabulary] after temperature, top-k, top-p; ``rows_each`` of a request."""
     sampling = inputs["sampling"]
     temperature, top_k, top_p = (
@@ -75,7 +75,7 @@ def sample(inputs: Inputs, comm: Communicator) -> Outputs:
     """(tokens [m],), and their log-probabilities where they are asked for."""
     logits = gather(inputs["logits"], inputs["widths"], comm)
     greedy = inputs["all greedy"]
-    tokens = logits.argmax(dim=1) if greedy else _draw(_probabilities(logits, inputs, 1))
+    tokens = logits.argmax(dim=1) if greedy else _draw(probabilities(logits, inputs, 1))
     if not inputs["logs"]:
         return (tokens,)
     return tokens, logits.float().log_softmax(dim=1).gather(1, tokens[:, None])[:, 0]
@@ -95,7 +95,7 @@ def verify(inputs: Inputs, comm: Communicator) -> Outputs:
         tokens = logits.argmax(dim=1).view(batch, longest + 1)
         accepted = (tokens[:, :-1] == drafts).long().cumprod(dim=1).sum(dim=1)
         return tokens.masked_fill(places > accepted[:, None], -1), accepted
-    p = _probabilities(logits, inputs, longest + 1).view(batch, longest + 1, -1)
+    p = probabilities(logits, inputs, longest + 1).view(batch, longest + 1, -1)
     if "draft_probabilities" in inputs:
         q = gather(inputs["draft_probabilities"], inputs["widths"], comm).view(batch, longest, -1)
     else:

@@ -76,7 +76,7 @@ def run_rank(options: Options) -> None:
         dist.destroy_process_group()
 
 
-def _to_and_fro(x: torch.Tensor, there: Channel, back: Channel, count: int) -> list[int]:
+def to_and_fro(x: torch.Tensor, there: Channel, back: Channel, count: int) -> list[int]:
     """Nanoseconds of ``count`` round trips; on the second rank, of no meaning."""
     times = []
     if there.comm.rank == 0:
@@ -110,7 +110,7 @@ def _measure(count: int, options: Options, comm: Communicator) -> list[dict]:
         sizes = {"rows": count, "columns": COLUMNS, "dtype": dtype, "transport": TRANSPORTS[name]}
         channels[name] = Channel(comm, 0, 1, **sizes), Channel(comm, 1, 0, **sizes)
         _check(x, *channels[name])
-        trial = _to_and_fro(x, *channels[name], 10)
+        trial = to_and_fro(x, *channels[name], 10)
         wanted = options.iterations
         if wanted is None:
             median = float(np.median(trial)) if trial else 0.0
@@ -120,7 +120,7 @@ def _measure(count: int, options: Options, comm: Communicator) -> list[dict]:
     for _ in range(ROUNDS):  # a drift of the machine hits all alike
         for name in names:
             comm.barrier()
-            times[name] += _to_and_fro(x, *channels[name], calls[name])
+            times[name] += to_and_fro(x, *channels[name], calls[name])
     for pair in channels.values():
         for channel in pair:
             channel.close()

@@ -1,7 +1,8 @@
 """Times calls on several ranks at once: the slowest rank counts, and backends take turns.
 
 On the CPU each call is timed by itself. On a GPU, where the time of a launch would hide that of the
-kernel, many calls are captured in a CUDA graph, and its replays are timed by the GPU.
+kernel, many calls are captured in a CUDA graph, and its replays are timed by the GPU; or as many
+are launched from Python one after the other (eager), where the launches are what is asked for.
 """
 
 from __future__ import annotations
@@ -121,6 +122,7 @@ def measure(
     iterations: int | None = None,
     interleaved: bool = False,
     seconds: float = SECONDS,
+    eager: bool = False,
 ) -> dict[str, Times]:
     """Times cells side by side; every rank calls with the same cells.
 
@@ -137,6 +139,7 @@ def measure(
             always do.
         seconds: on the CPU the time that each cell's calls take, the slowest cell's where they are
             interleaved. A difference of a few per cent takes hundreds of rounds to show.
+        eager: on a GPU: launched from Python, not from a graph.
 
     Returns:
         By cell name, from each call's slowest rank.
@@ -152,7 +155,7 @@ def measure(
     gc.disable()
     try:
         if comm.device.type == "cuda":
-            times, calls = _replays(cells, comm, iterations or REPLAYS)
+            times, calls = _replays(cells, comm, iterations or REPLAYS, eager)
         else:
             times, calls = _turns(cells, comm, iterations, interleaved, seconds), [1] * len(cells)
     finally:
@@ -211,20 +214,39 @@ class _Graph:
         return self.begin.elapsed_time(self.end) * 1e6
 
 
-def _captured(cell: Cell, comm: Communicator) -> _Graph:
-    """A graph that takes about REPLAY_US, and in which each call comes up."""
-    trial = _Graph(cell, max(FEWEST_CAPTURED, len(cell.calls)))
-    trial.replay(comm)  # the first replay also loads the graph
+class _Eager:
+    """As many calls of a cell, launched from Python."""
+
+    def __init__(self, cell: Cell, calls: int):
+        self.cell, self.calls = cell, calls
+
+    def replay(self, comm: Communicator) -> float:
+        """Nanoseconds on the host, from the first launch until the GPU is done."""
+        calls = self.cell.calls
+        torch.cuda.synchronize()
+        comm.barrier()
+        begin = time.perf_counter_ns()
+        for index in range(self.calls):
+            calls[index % len(calls)]()
+        torch.cuda.synchronize()
+        return time.perf_counter_ns() - begin
+
+
+def _repeated(cell: Cell, comm: Communicator, eager: bool) -> _Graph | _Eager:
+    """Calls that take about REPLAY_US, and among which each one comes up."""
+    kind = _Eager if eager else _Graph
+    trial = kind(cell, max(FEWEST_CAPTURED, len(cell.calls)))
+    trial.replay(comm)  # the first replay also loads a graph
     slowest_us = max(gather(trial.replay(comm), comm)) / 1e3 / trial.calls
     wanted = min(int(REPLAY_US / slowest_us), MOST_CAPTURED)
-    return _Graph(cell, wanted) if wanted > trial.calls else trial
+    return kind(cell, wanted) if wanted > trial.calls else trial
 
 
 def _replays(
-    cells: Sequence[Cell], comm: Communicator, replays: int
+    cells: Sequence[Cell], comm: Communicator, replays: int, eager: bool
 ) -> tuple[list[list[float]], list[int]]:
     """Nanoseconds of every replay of every cell, and how many calls a cell's replay makes."""
-    graphs = [_captured(cell, comm) for cell in cells]
+    graphs = [_repeated(cell, comm, eager) for cell in cells]
     for graph in graphs:
         graph.replay(comm)
     times: list[list[float]] = [[] for _ in cells]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from commfuse.runtime import launch, tuning
 from commfuse.runtime.communicator import Communicator
 from commfuse.testing.adapters import adapter_of
 from commfuse.testing.cases import Case
-from commfuse.testing.gpu_cases import HIDDEN
+from commfuse.testing.gpu_cases import HIDDEN, K_TOTALS
 
 MESSAGES = tuple(1 << exponent for exponent in range(10, 25))  # 1 KB to 16 MB
 ROWS = (1, 8, 16, 32, 48, 64)
@@ -34,6 +34,9 @@ WAYS = {
 }
 # Likewise, the rows that are fused.
 FUSED = {"fused": (1, ROWS[-1]), "unfused": (1, 0)}
+# Per cent of a GEMM's tiles that are claimed, tried on layers of these rows.
+CLAIMED = (0, 20, 40)
+CLAIMED_ROWS = (1, 16, 64)
 
 
 def run_rank() -> None:
@@ -57,12 +60,15 @@ def run_rank() -> None:
             messages = measure_messages(comm)
             one_shot, lines = thresholds(messages)
             comm._native.set_all_reduce_thresholds(one_shot, lines)
+            claims = measure_claims(comm)
+            percent = claimed_percent(claims)
+            comm._native.set_claimed_percent(percent)
             fused = measure_fused(comm)
-            table = tuning.Table(one_shot, lines, *fused_rows(fused))
+            table = tuning.Table(one_shot, lines, *fused_rows(fused), percent)
             origin = {"setting": gpu_provenance(comm)["setting"], **_origin()}
             if comm.rank == 0:
                 path = tuning.save(name, {comm.world_size: table}, origin)
-                _say(name, origin["setting"], messages, fused, table)
+                _say(name, origin["setting"], messages, claims, fused, table)
                 print(f"{comm.world_size} ranks: written to {path}", flush=True)
     finally:
         dist.destroy_process_group()
@@ -94,32 +100,52 @@ def measure_messages(comm: Communicator) -> dict[str, dict[int, float]]:
     return times
 
 
+def _measure_layer(
+    comm: Communicator, rows: int, k_total: int, ways: Mapping[str, Callable[[], None]]
+) -> dict[str, float]:
+    """Microseconds of a row-parallel layer with its tail, by way; each is chosen by a call."""
+    dimensions = (("m", rows), ("k", k_total // comm.world_size), ("n", HIDDEN))
+    case = Case("matmul_all_reduce", dimensions, ("residual", "norm"))
+    adapter = adapter_of(case, torch.bfloat16, comm.world_size, str(comm.device))
+    mine = adapter.inputs()[comm.rank]
+    cache = torch.cuda.get_device_properties(comm.device).L2_cache_size
+    copies = [
+        adapter.duplicate(mine, "cuda") for _ in range(4 * cache // adapter.streamed_bytes() + 1)
+    ]
+    cells = []
+    for way, choose in ways.items():
+
+        def call(inputs=mine, choose=choose):
+            choose()
+            return adapter.call(inputs, comm, "cuda")
+
+        call()
+        cells.append(Cell(way, [functools.partial(call, inputs) for inputs in copies]))
+    return {way: time.p50_us for way, time in measure(cells, comm, REPLAYS).items()}
+
+
+def measure_claims(comm: Communicator) -> dict[int, dict[tuple[int, int], float]]:
+    """Microseconds of row-parallel layers that are not fused, by the percentage of tiles that is
+    claimed, and by K of all ranks and rows; with the thresholds that the communicator has.
+    """
+    native, times = comm._native, {percent: {} for percent in CLAIMED}
+    native.set_fused_rows(*FUSED["unfused"])
+    ways = {str(p): functools.partial(native.set_claimed_percent, p) for p in CLAIMED}
+    for k_total, rows in itertools.product(K_TOTALS, CLAIMED_ROWS):
+        for way, time in _measure_layer(comm, rows, k_total, ways).items():
+            times[int(way)][k_total, rows] = time
+    return times
+
+
 def measure_fused(comm: Communicator) -> dict[str, dict[int, float]]:
-    """Microseconds of a row-parallel layer with its tail, fused or not, by rows; with the
-    thresholds that the communicator has.
+    """Microseconds of a row-parallel layer, fused or not, by rows; with the thresholds and claims
+    that the communicator has.
     """
     times = {way: {} for way in FUSED}
+    ways = {w: functools.partial(comm._native.set_fused_rows, *span) for w, span in FUSED.items()}
     for rows in ROWS:
-        dimensions = (("m", rows), ("k", HIDDEN // comm.world_size), ("n", HIDDEN))
-        case = Case("matmul_all_reduce", dimensions, ("residual", "norm"))
-        adapter = adapter_of(case, torch.bfloat16, comm.world_size, str(comm.device))
-        mine = adapter.inputs()[comm.rank]
-        cache = torch.cuda.get_device_properties(comm.device).L2_cache_size
-        copies = [
-            adapter.duplicate(mine, "cuda")
-            for _ in range(4 * cache // adapter.streamed_bytes() + 1)
-        ]
-        cells = []
-        for way, span in FUSED.items():
-
-            def call(inputs=mine, adapter=adapter, span=span):
-                comm._native.set_fused_rows(*span)
-                return adapter.call(inputs, comm, "cuda")
-
-            call()
-            cells.append(Cell(way, [functools.partial(call, inputs) for inputs in copies]))
-        for way, time in measure(cells, comm, REPLAYS).items():
-            times[way][rows] = time.p50_us
+        for way, time in _measure_layer(comm, rows, HIDDEN, ways).items():
+            times[way][rows] = time
     return times
 
 
@@ -148,6 +174,18 @@ def thresholds(times: Mapping[str, Mapping[int, float]]) -> tuple[int, int]:
     return min(pairs, key=loss)
 
 
+def claimed_percent(times: Mapping[int, Mapping[tuple[int, int], float]]) -> int:
+    """The percentage of tiles to claim that loses least against the fastest of every layer.
+
+    A loss counts by its ratio; between equal ones the smallest wins.
+
+    Args:
+        times: microseconds by percentage and layer.
+    """
+    # The fastest of every layer is the same for all: what is left is the product of the times.
+    return min(sorted(times), key=lambda percent: np.log([*times[percent].values()]).sum())
+
+
 def fused_rows(times: Mapping[str, Mapping[int, float]]) -> tuple[int, int]:
     """(fewest, most) rows to fuse, so that least is lost against the faster way of every size.
 
@@ -170,11 +208,15 @@ def _say(
     name: str,
     setting: str,
     messages: Mapping[str, Mapping[int, float]],
+    claims: Mapping[int, Mapping[tuple[int, int], float]],
     fused: Mapping[str, Mapping[int, float]],
     table: tuning.Table,
 ) -> None:
     print(f"{name}, {setting}; median us per call, slowest rank")
     _print_lines("all_reduce, KB", messages, [f"{size >> 10}" for size in MESSAGES])
+    shares = {f"{percent}% claimed": by_layer for percent, by_layer in claims.items()}
+    layers = [f"{k}/{rows}" for k, rows in claims[0]]
+    _print_lines("GEMM, K/rows", shares, layers)
     _print_lines("matmul_all_reduce, rows", fused, [str(rows) for rows in ROWS])
     fused_or_not = (
         f"fused from {table.fused_from_rows} to {table.fused_to_rows} rows"
@@ -183,15 +225,15 @@ def _say(
     )
     print(
         f"one shot to {table.one_shot_bytes >> 10} KB, flags among the data to "
-        f"{table.lines_bytes >> 10} KB, {fused_or_not}"
+        f"{table.lines_bytes >> 10} KB, {fused_or_not}, {table.claimed_percent}% of a GEMM claimed"
     )
 
 
 def _print_lines(
     title: str, times: Mapping[str, Mapping[int, float]], heads: Sequence[str]
 ) -> None:
-    print(f"{title:>24}" + "".join(f"{head:>8}" for head in heads))
+    print(f"{title:>24}" + "".join(f"{head:>9}" for head in heads))
     for way, by_size in times.items():
-        cells = [f"{time:8.1f}" for time in by_size.values()]
+        cells = [f"{time:9.1f}" for time in by_size.values()]
         print(f"{way:>24}" + "".join(cells))
     sys.stdout.flush()

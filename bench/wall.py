@@ -194,11 +194,13 @@ def _measure(layout: Layout, backend: str, options: Options) -> dict | None:
             for across in (layout.tp_across, layout.pp_across)
         ]
         transport = "auto" if backend == "cpu" else "torch.distributed"
+        # Half of the ranks of a stage, or of the stages, are on another host.
+        host = str(int(rank >= count // 2)) if layout.tp_across else None
         with ExitStack() as stack:
             tp, pp = (
                 stack.enter_context(
                     Communicator(group if size > 1 else None, link=link, transport=transport,
-                                 timeout=120.0)
+                                 timeout=120.0, host=host, link_inside=_slowed(options.inside))
                 )
                 for group, size, link in (
                     (tp_groups[stage], layout.tp, links[0]),

@@ -250,7 +250,11 @@ PYBIND11_MODULE(_C, m) {
           [](const Communicator& c, int64_t fewest, int64_t most) {
             attachment(c).fused_rows = {fewest, most};
           },
-          py::arg("fewest"), py::arg("most"));
+          py::arg("fewest"), py::arg("most"))
+      .def(
+          "set_claimed_percent",
+          [](const Communicator& c, int percent) { attachment(c).claimed_percent = percent; },
+          py::arg("percent"));
 #endif
 }
 

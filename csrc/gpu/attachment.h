@@ -38,6 +38,7 @@ class Attachment {
   const Workspace& workspace() const { return workspace_; }
   Thresholds thresholds;
   FusedRows fused_rows;
+  int claimed_percent = 0;  // of the tiles of matmul_all_reduce's GEMM: see matmul_plan
 
   // Before anything of a call may touch shared memory. Throws the communicator's failure, or
   // ConcurrentUseError where another stream's calls are still running.

@@ -41,9 +41,12 @@ struct Line {
   }
 };
 
-// A single unit, for messages that are no whole packs.
-__device__ __forceinline__ void put_unit(char* unit, uint32_t data, uint32_t flag) {
-  store_relaxed(reinterpret_cast<uint64_t*>(unit), static_cast<uint64_t>(flag) << 32 | data);
+// A single unit, for messages that are no whole packs: 6 bytes of data, and Exchange::short_flag()
+// in the upper two.
+constexpr int kUnitBits = 48;
+
+__device__ __forceinline__ void put_unit(char* unit, uint64_t data, uint64_t flag) {
+  store_relaxed(reinterpret_cast<uint64_t*>(unit), flag << kUnitBits | data);
 }
 
 // One thread: loads what lies at kCount addresses until all of it has come, and clears it.
@@ -96,16 +99,15 @@ __device__ __forceinline__ bool take_lines(const Exchange& exchange, int phase,
 template <int kCount, class Source>
 __device__ __forceinline__ bool take_units(const Exchange& exchange, int phase,
                                            char* const (&address)[kCount], Source source,
-                                           uint32_t (&data)[kCount]) {
-  const uint32_t flag = exchange.flag();
-  uint64_t units[kCount];
+                                           uint64_t (&data)[kCount]) {
+  const uint64_t flag = exchange.short_flag();
   const bool taken = take(
       exchange, phase, address, source,
-      [&](int i) { units[i] = load_relaxed(reinterpret_cast<const uint64_t*>(address[i])); },
-      [&](int i) { return units[i] >> 32 == flag; },
+      [&](int i) { data[i] = load_relaxed(reinterpret_cast<const uint64_t*>(address[i])); },
+      [&](int i) { return data[i] >> kUnitBits == flag; },
       [](char* unit) { store_relaxed(reinterpret_cast<uint64_t*>(unit), 0); });
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) data[i] = static_cast<uint32_t>(units[i]);
+  for (int i = 0; i < kCount; ++i) data[i] &= (uint64_t{1} << kUnitBits) - 1;
   return taken;
 }
 

@@ -108,6 +108,8 @@ class Exchange {
   }
   // R12: never 0, and different in calls that use the same half.
   __device__ uint32_t flag() const { return 1 + static_cast<uint32_t>(generation_ % 0xffffffffu); }
+  // Likewise, in 16 bits.
+  __device__ uint64_t short_flag() const { return 1 + generation_ % 0xffffu; }
 
   // This rank's [row][tile] sums of squares.
   __device__ float* squares() const { return reinterpret_cast<float*>(own_ + kSquareSums); }

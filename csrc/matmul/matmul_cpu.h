@@ -43,15 +43,25 @@ constexpr int64_t kChunkK = kChunkBytes / (kPanelColumns * static_cast<int64_t>(
 // Rows whose sums are kept at once, and that share one pass over the weights.
 constexpr int64_t kGroupRows = 256;
 
-// What is fetched from memory during a stretch of k, some lines with each step. Into all caches: a
-// non-temporal prefetch would spare what they hold, but halves the bandwidth on Intel's server
-// cores.
+// What is fetched from memory during a stretch of k: as much in a step as a step of a whole panel
+// reads, and no more once enough has been. Into all caches: a non-temporal prefetch would spare
+// what they hold, but halves the bandwidth on Intel's server cores.
+template <class T>
 struct Prefetch {
+  static constexpr int kLines =
+      static_cast<int>(kPanelColumns * Packed<T>::k_step * sizeof(T) / 64);  // in a step
   const char* next;
-  int lines;
+  int64_t steps;
 
   void step() {
-    for (int i = 0; i < lines; ++i, next += 64) __builtin_prefetch(next);
+    if (steps <= 0) return;
+    --steps;
+    for (int i = 0; i < kLines; ++i) __builtin_prefetch(next + 64 * i);
+    next += 64 * kLines;
+  }
+  void skip(int64_t count) {
+    next += 64 * kLines * count;
+    steps -= count;
   }
 };
 
@@ -68,7 +78,7 @@ inline void widen_rows(const T* x, int64_t x_stride, int64_t k, float* out, int6
 // `more`, onto what is there: float32 adds its sum to it, the narrow types go on from it.
 template <class T, int R, int V>
 inline void gemm_run(const typename Packed<T>::X* x, int64_t x_stride, const T* w, int64_t step,
-                     int64_t k, bool more, float* out, int64_t out_stride, Prefetch prefetch) {
+                     int64_t k, bool more, float* out, int64_t out_stride, Prefetch<T> prefetch) {
   using P = Packed<T>;
   constexpr bool kAdds = dtype_of<T>::value == DType::float32;
   Vec acc[R][V];
@@ -113,7 +123,7 @@ inline void gemm_run(const typename Packed<T>::X* x, int64_t x_stride, const T* 
 // The same for x as it is stored, and any k.
 template <class T, int R, int V>
 inline void gemm_tile(const T* x, int64_t x_stride, const T* w, int64_t step, int64_t k, bool more,
-                      float* out, int64_t out_stride, Prefetch prefetch) {
+                      float* out, int64_t out_stride, Prefetch<T> prefetch) {
   using P = Packed<T>;
   constexpr bool kWidens = sizeof(typename P::X) > sizeof(T);
   constexpr int64_t kMost = kWidens ? kChunkK<T> : kFloatRun;
@@ -134,7 +144,7 @@ inline void gemm_tile(const T* x, int64_t x_stride, const T* w, int64_t step, in
     }
     const int64_t steps = length / P::k_step;
     w += steps * step;
-    prefetch.next += steps * prefetch.lines * 64;
+    prefetch.skip(steps);
     begin += length;
     more = true;
   } while (begin < k);
@@ -143,7 +153,7 @@ inline void gemm_tile(const T* x, int64_t x_stride, const T* w, int64_t step, in
 // A row tile of a whole panel, in pieces of as many vectors as the registers hold.
 template <class T, int R>
 inline void gemm_panel(const T* x, int64_t x_stride, const T* w, int64_t vecs, int64_t k, bool more,
-                       float* out, Prefetch prefetch) {
+                       float* out, Prefetch<T> prefetch) {
   constexpr int64_t kStep = Packed<T>::k_step;
   const int64_t step = vecs * kLanes * kStep;
   if (vecs == kPanelVecs && kTileVecs == kPanelVecs) {
@@ -152,13 +162,13 @@ inline void gemm_panel(const T* x, int64_t x_stride, const T* w, int64_t vecs, i
   for (int64_t v = 0; v < vecs; ++v) {
     gemm_tile<T, R, 1>(x, x_stride, w + v * kLanes * kStep, step, k, more, out + v * kLanes,
                        kPanelColumns, prefetch);
-    prefetch.lines = 0;
+    prefetch.steps = 0;
   }
 }
 
 template <class T, int R = kTileRows>
 inline void gemm_rows(int rows, const T* x, int64_t x_stride, const T* w, int64_t vecs, int64_t k,
-                      bool more, float* out, Prefetch prefetch) {
+                      bool more, float* out, Prefetch<T> prefetch) {
   if constexpr (R > 1) {
     if (rows < R) {
       return gemm_rows<T, R - 1>(rows, x, x_stride, w, vecs, k, more, out, prefetch);
@@ -234,17 +244,15 @@ void gemm_group(const GemmArgs& a, int64_t panel_begin, int64_t panel_end) {
     int64_t begin = 0;
     do {
       const int64_t length = a.k - begin < kChunkK<T> ? a.k - begin : kChunkK<T>;
-      // The lines of the next chunk, over as many tiles of rows as can share them.
-      const int64_t lines = length * k_bytes / 64, steps = length / Packed<T>::k_step;
+      // The next chunk is fetched by the tiles of rows in turn.
       const char* next = reinterpret_cast<const char*>(w) + length * k_bytes;
-      const int64_t share = steps ? (lines + steps * tiles - 1) / (steps * tiles) : 0;
+      const int64_t share = (length / Packed<T>::k_step + tiles - 1) / tiles;
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t row = tile * a.rows / tiles, end = (tile + 1) * a.rows / tiles;
-        const int64_t fetched = tile * share * steps;
+        const Prefetch<T> prefetch{next + tile * share * 64 * Prefetch<T>::kLines, share};
         if (begin + length == a.k) own_output<T>(a, row, end - row, column, vecs);
         gemm_rows<T>(static_cast<int>(end - row), x + row * a.x_stride + begin, a.x_stride, w, vecs,
-                     length, begin > 0, sums + row * kPanelColumns,
-                     {next + fetched * 64, fetched < lines ? static_cast<int>(share) : 0});
+                     length, begin > 0, sums + row * kPanelColumns, prefetch);
       }
       w += length * vecs * kLanes;
       begin += length;

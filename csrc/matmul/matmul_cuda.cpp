@@ -42,7 +42,7 @@ bool matmul_serves(const at::Tensor& x) {
 }
 
 MatmulGpuArgs matmul_args(const at::Tensor& x, const at::Tensor& w, int max_blocks,
-                          cudaStream_t stream) {
+                          int claimed_percent, cudaStream_t stream) {
   MatmulGpuArgs args = {};
   args.x = x.const_data_ptr();
   args.w = w.const_data_ptr();
@@ -52,7 +52,7 @@ MatmulGpuArgs matmul_args(const at::Tensor& x, const at::Tensor& w, int max_bloc
   args.dtype = dtype_of_tensor(x, "x");
   TORCH_CHECK_VALUE(args.n <= INT32_MAX && args.k <= INT32_MAX, "w is too large: ", w.sizes());
   const int device = x.device().index();
-  args.plan = matmul_plan(args.n, args.k, max_blocks);
+  args.plan = matmul_plan(args.n, args.k, max_blocks, claimed_percent);
   args.workspace = kept_workspace(matmul_gpu_workspace_bytes(args.plan), device, stream);
   args.weights_early = settled(device, stream, range_of(w));
   return args;
@@ -82,7 +82,7 @@ at::Tensor matmul_of_tensors(const at::Tensor& x, const at::Tensor& weight, int6
     const cudaStream_t stream = c10::cuda::getCurrentCUDAStream(x.device().index()).stream();
     static const int blocks = multiprocessors(device);
     y = at::empty({x.size(0), n}, x.options());
-    matmul(matmul_args(x, weight, blocks, stream), data_or_null(bias), y.mutable_data_ptr(),
+    matmul(matmul_args(x, weight, blocks, 0, stream), data_or_null(bias), y.mutable_data_ptr(),
            stream);
     wrote(device, stream, {range_of(y)});
   } else {

@@ -8,9 +8,9 @@
 // Other GPUs, and K whose rows are not 16-byte aligned, take a kernel with the same structure
 // from asynchronous copies and mma.sync.
 //
-// Which block computes which tile is in MatmulPlan. All blocks stream the same number of bytes, up
-// to a part of a tile, and end together. A block finishes its whole tiles one after the other and
-// hands each to an epilogue while the ring goes on filling with the next tile's weights.
+// Which block computes which tile is in MatmulPlan. A block finishes its tiles one after the other
+// and hands each to an epilogue while the ring goes on filling with the next tile's weights. The
+// thread that fills the ring is also the one that claims; it says what a stage holds beside it.
 //
 // An epilogue is a trivially copyable functor, called by all kComputeThreads threads of the block
 // together:
@@ -43,10 +43,7 @@
 
 namespace commfuse::gpu {
 
-constexpr int kTileColumns = 64;
-constexpr int kChunk = 128;  // k of a stage of the ring; parts of tiles are cut here
 constexpr int kComputeThreads = 128;
-constexpr int kMaxSplits = 16;
 
 // Conflict-free for the fragments' stores (rows 2 apart must lie 8 banks apart), and rows stay
 // 16-byte aligned for whoever reads them.
@@ -59,7 +56,7 @@ struct MatmulShape {
   bool aligned;        // rows of x and w, to 16 bytes
   bool weights_early;  // they need not wait for the previous kernel
   float4* partials;    // [rest][splits][kRows / 8][kComputeThreads]
-  uint32_t* counters;  // [rest] parts that have been written
+  uint32_t* counters;  // [rest] parts that have been written, and at kClaims, how often was claimed
 };
 
 // ---------------------------------------------------------------------------- PTX, one word each
@@ -72,47 +69,24 @@ __device__ __forceinline__ void compute_barrier() {
   asm volatile("bar.sync 1, %0;" ::"n"(kComputeThreads) : "memory");
 }
 
-// ------------------------------------------------------------------------------ the order of work
-
-// A tile, or a part of one: chunks [begin, end) of its k.
-struct Segment {
-  int tile;
-  int part;  // -1: the whole tile
-  int begin, end;
-};
-
-// The i-th segment of a block, i < parts_per_block + rounds. Parts come first: what it takes to put
-// them together then hides behind the whole tiles. False: the block has none at i.
-__device__ __forceinline__ bool segment_at(const MatmulPlan& plan, int block, int i, Segment* s) {
-  if (i >= plan.parts_per_block) {
-    const int round = i - plan.parts_per_block;
-    *s = {plan.rest + round * plan.blocks + block, -1, 0, plan.chunks};
-    return true;
-  }
-  const int index = i * plan.blocks + block;
-  if (index >= plan.rest * plan.splits) return false;
-  const int part = index / plan.rest;
-  *s = {index - part * plan.rest, plan.splits == 1 ? -1 : part,
-        static_cast<int>(static_cast<int64_t>(plan.chunks) * part / plan.splits),
-        static_cast<int>(static_cast<int64_t>(plan.chunks) * (part + 1) / plan.splits)};
-  return true;
-}
+// ------------------------------------------------------------------------------- finished segments
 
 // What becomes of a segment's sums. Fragments are those of wgmma and of mma.sync alike: warp w
 // holds columns 16w..16w+15 of the tile; acc[j] holds rows 8j + 2 (lane % 4) + {0, 1} of columns
 // lane / 4 and lane / 4 + 8.
 template <int kRows, class Epilogue>
-__device__ __forceinline__ void finish_segment(float (&acc)[kRows / 8][4], const Segment& segment,
-                                               const MatmulShape& shape, float* tile,
-                                               uint32_t* flag, const Epilogue& epilogue,
+__device__ __forceinline__ void finish_segment(float (&acc)[kRows / 8][4],
+                                               const TileSegment& segment, const MatmulShape& shape,
+                                               float* tile, uint32_t* flag,
+                                               const Epilogue& epilogue,
                                                typename Epilogue::State& state) {
   const int thread = threadIdx.x;
   if (segment.part >= 0) {
     // Every part writes its sums; whoever comes last adds all of them in the order of k. The
     // barrier and the release (acquire) of one thread cover what the others wrote (will read).
-    const int splits = shape.plan.splits;
+    const int splits = shape.plan.splits, number = segment.tile - first_of_rest(shape.plan);
     float4* partials = shape.partials +
-                       static_cast<int64_t>(segment.tile) * splits * (kRows / 8) * kComputeThreads +
+                       static_cast<int64_t>(number) * splits * (kRows / 8) * kComputeThreads +
                        thread;
     float4* own = partials + static_cast<int64_t>(segment.part) * (kRows / 8) * kComputeThreads;
 #pragma unroll
@@ -120,10 +94,10 @@ __device__ __forceinline__ void finish_segment(float (&acc)[kRows / 8][4], const
       __stcg(own + j * kComputeThreads, make_float4(acc[j][0], acc[j][1], acc[j][2], acc[j][3]));
     }
     compute_barrier();
-    if (thread == 0) *flag = add_acquire_release(shape.counters + segment.tile, 1);
+    if (thread == 0) *flag = add_acquire_release(shape.counters + number, 1);
     compute_barrier();
     if (*flag != static_cast<uint32_t>(splits - 1)) return;
-    if (thread == 0) shape.counters[segment.tile] = 0;  // for the next call
+    if (thread == 0) shape.counters[number] = 0;  // for the next call
     // As many on the way at once as registers hold: 24 loads of each thread.
     constexpr int kGroup = kRows >= 32 ? 4 : kRows / 8;
     constexpr int kParts = kGroup == 1 ? kMaxSplits : 24 / kGroup;
@@ -351,11 +325,14 @@ __global__ void __launch_bounds__(kHopperThreads, 2)
   const uint32_t full = shared_address(tile + kRows * kTilePitch);
   const uint32_t empty = full + 8 * shape.stages;
   uint32_t* flag = reinterpret_cast<uint32_t*>(tile + kRows * kTilePitch) + 4 * shape.stages;
+  // Of a stage where a claimed part begins, the part; behind the last, -1.
+  int* claimed = reinterpret_cast<int*>(flag + 1);
 
-  const int segments = shape.plan.parts_per_block + shape.plan.rounds;
+  const MatmulPlan& plan = shape.plan;
+  const int dealt = plan.claimed ? plan.rounds : plan.parts_per_block + plan.rounds;
   const bool producer = threadIdx.x == kComputeThreads;
 
-  const auto load_weights = [&](const Segment& segment, int chunk, int stage) {
+  const auto load_weights = [&](const TileSegment& segment, int chunk, int stage) {
     barrier_expect(full + 8 * stage, Stage::kBytes);
 #pragma unroll
     for (int sub = 0; sub < kSubs; ++sub) {
@@ -383,9 +360,9 @@ __global__ void __launch_bounds__(kHopperThreads, 2)
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("fence.proxy.async;" ::: "memory");
-    Segment segment;
-    for (int i = 0; i < segments && shape.weights_early; ++i) {
-      if (!segment_at(shape.plan, blockIdx.x, i, &segment)) continue;
+    TileSegment segment;
+    for (int i = 0; i < dealt && shape.weights_early; ++i) {
+      if (!segment_at(plan, blockIdx.x, i, &segment)) continue;
       for (int c = segment.begin; c < segment.end && early < shape.stages; ++c) {
         load_weights(segment, c, early++);
       }
@@ -397,19 +374,39 @@ __global__ void __launch_bounds__(kHopperThreads, 2)
   wait_for_predecessor();  // x, y and the workspace are ours from here on
 
   if (producer) {
+    // Claims count on from zero: the previous GEMM, whose last block has set the counter back, has
+    // ended, and the next one's claims wait for this one's end as these have waited.
     RingPosition at;
-    int count = 0;
-    Segment segment;
-    for (int i = 0; i < segments; ++i) {
-      if (!segment_at(shape.plan, blockIdx.x, i, &segment)) continue;
+    int count = 0, claim = 0;
+    TileSegment segment;
+    for (int i = 0; i < dealt || plan.claimed; ++i) {
+      const int own = claim;
+      if (i >= dealt) {
+        if (own >= parts_of_rest(plan)) break;
+        segment = part_of_rest(plan, own);
+      } else if (!segment_at(plan, blockIdx.x, i, &segment)) {
+        continue;
+      }
       for (int c = segment.begin; c < segment.end; ++c) {
+        // As late as it may be, to leave to others what they would do earlier; the answer travels
+        // while the segment's last chunk waits for its stage.
+        if (plan.claimed && i >= dealt - 1 && c == segment.end - 1) {
+          claim = static_cast<int>(atomicAdd(shape.counters + kClaims, 1u));
+        }
         if (count++ >= early) {
           barrier_wait(empty + 8 * at.stage, at.parity ^ 1);
-          load_weights(segment, c, at.stage);
+          if (i >= dealt && c == segment.begin) claimed[at.stage] = own;
+          load_weights(segment, c, at.stage);  // its arrival at the barrier publishes the number
         }
         load_x(c, at.stage);
         at.advance(shape.stages);
       }
+    }
+    if (plan.claimed) {
+      if (claim == last_claim(plan)) shape.counters[kClaims] = 0;  // for the next call
+      barrier_wait(empty + 8 * at.stage, at.parity ^ 1);
+      claimed[at.stage] = -1;
+      barrier_arrive(full + 8 * at.stage);
     }
   } else if (threadIdx.x < kComputeThreads) {
     const int lane = threadIdx.x % 32;
@@ -418,9 +415,17 @@ __global__ void __launch_bounds__(kHopperThreads, 2)
     };
     typename Epilogue::State state = epilogue.begin();
     RingPosition at;
-    Segment segment;
-    for (int i = 0; i < segments; ++i) {
-      if (!segment_at(shape.plan, blockIdx.x, i, &segment)) continue;
+    TileSegment segment;
+    for (int i = 0; i < dealt || plan.claimed; ++i) {
+      if (i >= dealt) {
+        barrier_wait(full + 8 * at.stage, at.parity);
+        const int part = claimed[at.stage];
+        if (part < 0) break;
+        segment = part_of_rest(plan, part);
+        __syncwarp();  // all lanes have read the number before one of them gives the stage back
+      } else if (!segment_at(plan, blockIdx.x, i, &segment)) {
+        continue;
+      }
       float acc[kRows / 8][4];
 #pragma unroll
       for (int j = 0; j < kRows / 8; ++j) acc[j][0] = acc[j][1] = acc[j][2] = acc[j][3] = 0;
@@ -512,7 +517,7 @@ __global__ void __launch_bounds__(kComputeThreads)
   wait_for_predecessor();
   typename Epilogue::State state = epilogue.begin();
 
-  const auto load = [&](const Segment& segment, int sub_chunk, int stage) {
+  const auto load = [&](const TileSegment& segment, int sub_chunk, int stage) {
     for (int i = thread; i < kStageRows * 8; i += kComputeThreads) {
       const int row = i / 8, piece = i % 8;
       const int k = sub_chunk * kSubChunk + piece * 8;
@@ -537,7 +542,7 @@ __global__ void __launch_bounds__(kComputeThreads)
 
   // The loads run kPlainStages - 1 stages ahead of the sums, over the ends of segments too.
   int next_i = -1, next = 0, next_end = 0, next_stage = 0;
-  Segment next_segment;
+  TileSegment next_segment;
   const auto load_next = [&]() {
     while (next >= next_end && next_i < segments) {
       if (++next_i < segments && segment_at(shape.plan, blockIdx.x, next_i, &next_segment)) {
@@ -554,7 +559,7 @@ __global__ void __launch_bounds__(kComputeThreads)
   for (int s = 0; s < kPlainStages - 1; ++s) load_next();
 
   int stage = 0;
-  Segment segment;
+  TileSegment segment;
   for (int i = 0; i < segments; ++i) {
     if (!segment_at(shape.plan, blockIdx.x, i, &segment)) continue;
     float acc[kRows / 8][4];

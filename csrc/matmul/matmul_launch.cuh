@@ -12,8 +12,6 @@
 
 namespace commfuse::gpu {
 
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // From the driver, so that nothing links against libcuda.
 inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   static const auto encode = [] {

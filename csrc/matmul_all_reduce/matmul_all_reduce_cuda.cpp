@@ -18,6 +18,12 @@ struct Tail {
   double eps;
 };
 
+// Fused or not: a row's bits must not depend on the number of rows, which decides about that.
+MatmulGpuArgs gemm_of(GpuCall& call, const at::Tensor& x, const at::Tensor& w) {
+  const Attachment& gpu = call.gpu();
+  return matmul_args(x, w, gpu.max_blocks(), gpu.claimed_percent, call.stream);
+}
+
 // {out, y}; y is undefined without norm_weight.
 std::pair<at::Tensor, at::Tensor> unfused(GpuCall& call, const Descriptor& descriptor, DType dtype,
                                           const at::Tensor& x, const at::Tensor& w,
@@ -36,8 +42,7 @@ std::pair<at::Tensor, at::Tensor> unfused(GpuCall& call, const Descriptor& descr
     } else {
       product = at::empty({x.size(0), w.size(0)}, x.options());
     }
-    matmul(matmul_args(x, w, call.gpu().max_blocks(), call.stream), nullptr,
-           product.mutable_data_ptr(), call.stream);
+    matmul(gemm_of(call, x, w), nullptr, product.mutable_data_ptr(), call.stream);
     call.wrote({range_of(product)});  // also in the staging area: stream_order.h counts records
     call.behind_gemm = true;
   } else {
@@ -94,8 +99,7 @@ std::pair<at::Tensor, at::Tensor> summed_product(const at::Tensor& x, const at::
     call.communicator.check();
     if (matmul_serves(x) && n > 0) {  // as on several ranks, bits do not depend on the batch
       out = at::empty({m, n}, x.options());
-      matmul(matmul_args(x, w, call.gpu().max_blocks(), call.stream), data_or_null(tail.bias),
-             out.mutable_data_ptr(), call.stream);
+      matmul(gemm_of(call, x, w), data_or_null(tail.bias), out.mutable_data_ptr(), call.stream);
     } else {
       out = at::linear(x, w, tail.bias);
     }
@@ -109,7 +113,7 @@ std::pair<at::Tensor, at::Tensor> summed_product(const at::Tensor& x, const at::
     out = at::empty({m, n}, x.options());
     if (tail.norm_weight) y = at::empty({m, n}, x.options());
     MatmulAllReduceArgs args = {};
-    args.matmul = matmul_args(x, w, call.gpu().max_blocks(), call.stream);
+    args.matmul = gemm_of(call, x, w);
     args.bias = data_or_null(tail.bias);
     args.residual = data_or_null(tail.residual);
     args.norm_weight = tail.norm_weight ? tail.norm_weight->const_data_ptr() : nullptr;

@@ -6,12 +6,7 @@
 #include <cmath>
 #include <cstdint>
 
-// What CPU and GPU compute by the same lines.
-#ifdef __CUDACC__
-#define COMMFUSE_HOST_DEVICE __host__ __device__
-#else
-#define COMMFUSE_HOST_DEVICE
-#endif
+#include "gpu/host_device.h"
 
 namespace commfuse {
 

@@ -15,7 +15,7 @@ void with_peers(bool alone, F f) {
 
 }  // namespace
 
-int64_t sample_row_capacity() { return (kLineBytes - kPlainOffset) / (kUnitsOfRow * 8); }
+int64_t sample_row_capacity() { return (kLineBytes - kPlainOffset) / (kUnitsWithLogs * 8); }
 int64_t sample_request_capacity() { return kMaxRequests; }
 
 void sample(const CallSite& site, DType dtype, const Draws& draws) {

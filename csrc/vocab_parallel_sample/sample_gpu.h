@@ -64,8 +64,8 @@ struct RowReport {
 int64_t sample_row_capacity();
 int64_t sample_request_capacity();
 
-// Draws the tokens of `count` requests. candidates must have room for an element for each row of
-// theirs, and one for each block of site.max_blocks.
+// Draws the tokens of `count` requests. candidates must have room for longest + 1 elements for each
+// of them, and one for each block of site.max_blocks.
 void sample(const CallSite& site, DType dtype, const Draws& draws);
 
 void load_sample();

@@ -41,18 +41,20 @@ void draw_all(GpuCall& call, const Descriptor& descriptor, const at::Tensor& log
   TORCH_CHECK_VALUE(rows_each <= sample_row_capacity(), "drafts of ", draws.longest,
                     " tokens: at most ", sample_row_capacity() - 1, " are served");
   const int64_t most = std::min(sample_request_capacity(), sample_row_capacity() / rows_each);
-  const int64_t rows = std::min(draws.rows, most * rows_each);
+  // By the longest draft: lengths that do not belong to the logits are reported, but their rows
+  // have candidates too.
+  const int64_t rows = std::min(draws.batch, most) * rows_each;
   const int64_t candidates = rows + call.gpu().max_blocks();
   const at::Tensor scratch = at::empty({candidates * static_cast<int64_t>(sizeof(Candidate))},
                                        logits.options().dtype(at::kByte));
   draws.candidates = reinterpret_cast<Candidate*>(scratch.mutable_data_ptr());
   draws.report = call.gpu().row_report();
   draws.op = descriptor.op;
-  const int64_t units = draws.log_probabilities ? 5 : 3;
+  const int64_t units = draws.log_probabilities ? 4 : 2;
   draws.begin = 0;
   do {
     draws.count = std::min(most, draws.batch - draws.begin);
-    const int64_t sent = std::min(rows, draws.count * rows_each) * units * 8;
+    const int64_t sent = std::min(draws.rows, draws.count * rows_each) * units * 8;
     sample(call.enter(descriptor, (call.world() - 1) * sent), dtype, draws);
     draws.begin += draws.count;
   } while (draws.begin < draws.batch);

@@ -1,17 +1,19 @@
 """What is made of rows of GPU benchmarks, on rows made by hand: ratios, tables, plots."""
 
 import json
+from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from commfuse.bench import plot, runner
+from commfuse.bench import plot, runner, selection
 from commfuse.bench.gpu_peers import GPU_PEERS
 from commfuse.bench.provenance import setting
 from commfuse.bench.table import print_summary, print_table, read_rows
 from commfuse.bench.timing import Times
 from commfuse.errors import UsageError
+from commfuse.testing.cases import MORE, QUICK
 from commfuse.testing.gpu_cases import gpu_cases_of
 
 
@@ -65,7 +67,7 @@ def times(**medians: float) -> dict[str, Times]:
 def test_exposed_communication_counts_against_the_faster_all_reduce():
     measured = times(cublas=40, gemm=38, cuda=44, torch=70)
     measured |= times(**{"cublas+one_shot": 60, "cublas+two_shot": 56, "gemm+all_reduce": 50})
-    options = runner.Options("matmul_all_reduce", 2, device="cuda")
+    options = selection.Options("matmul_all_reduce", 2, device="cuda")
     assert runner._exposed(measured, "cuda", options) == {
         "exposed": pytest.approx((44 - 40) / (56 - 40)),
         "exposed_own": pytest.approx((44 - 38) / (50 - 38)),
@@ -80,13 +82,27 @@ def test_peers_stand_beside_our_backend_and_the_baselines_are_torchs():
         assert {peer.beside for peer in peers} == {"cuda"}
         names = [peer.name for peer in peers if peer.baseline]
         assert names and not {peer.name for peer in peers if peer.partial} & set(names)
-        runner.check_options(runner.Options(op, 2, ("auto", "torch", *names), device="cuda"))
+        selection.check_options(
+            [selection.Options(op, 2, ("auto", "torch", *names), device="cuda")]
+        )
 
 
 @pytest.mark.parametrize(("op", "text"), [("attention", "not measured on GPUs"), ("nccl", "unkno")])
 def test_ops_that_are_not_measured_on_gpus(op, text):
     with pytest.raises(UsageError, match=text):
-        runner.check_options(runner.Options(op, 2, device="cuda"))
+        selection.check_options([selection.Options(op, 2, device="cuda")])
+
+
+def test_verification_is_measured_in_every_size_that_was_promised():
+    cases = gpu_cases_of("verify_chain", 1, (QUICK, MORE))
+    assert len(set(cases)) == len(cases)
+    for options in ((), ("sampled",), ("sampled", "truncated"), ("sampled", "distributions")):
+        sizes = {tuple(case.shape.values())[:3] for case in cases if case.options == options}
+        assert sizes == set(product((1, 8, 32, 128), (1, 4, 7), (32000, 128256, 151936)))
+    words = selection.Options(
+        "verify_chain", 1, device="cuda", cases="all", only=("batch=8", "drafts=7", "+truncated")
+    )
+    assert [case["vocabulary"] for case in selection.cases(words)] == [128256, 32000, 151936]
 
 
 def test_a_layer_is_divided_by_the_number_of_ranks():

@@ -19,7 +19,7 @@ from commfuse.bench.generate_worker import Task
 from commfuse.bench.provenance import provenance
 from commfuse.bench.table import print_table
 from commfuse.cli import main
-from commfuse.errors import CommfuseError
+from commfuse.errors import CommfuseError, UsageError
 from commfuse.testing import run_ranks
 from commfuse.testing.adapters import ADAPTERS, adapter_of
 from commfuse.testing.cases import CASES, cases_of
@@ -124,6 +124,17 @@ class TestOps:
         arguments = ["--ranks", "1", "--json", "--iterations", "1", "--backends", "auto,cpu"]
         rows = _run_here(capsys, "all_gather", *arguments).out.splitlines()
         assert [json.loads(row)["backend"] for row in rows[:2]] == ["auto", "cpu"]
+
+    def test_a_set_of_ops_leaves_out_aloud_what_cannot_run(self, capsys):
+        arguments = ["--ranks", "1", "--json", "--iterations", "1", "--only", "m=1 +logs"]
+        arguments += ["--backends", "cpu,triton,gather+torch"]
+        said = _run_here(capsys, "verify", *arguments)
+        rows = [json.loads(row) for row in said.out.splitlines()]
+        assert {(row["op"], row["backend"]) for row in rows} == {
+            ("vocab_parallel_sample", backend) for backend in ("cpu", "gather+torch")
+        }
+        assert {tuple(row["shape"]) for row in rows} == {("m", "vocabulary", "sampled", "logs")}
+        assert said.err == "vocab_parallel_sample: triton left out: needs two ranks or more\n"
 
     def test_without_a_gpu_cuda_is_refused(self, monkeypatch, capsys):
         monkeypatch.setattr("commfuse.testing.gpu_lab.gpu_count", lambda: 0)
@@ -234,7 +245,14 @@ BAD = {
     "--link: links are emulated between ranks on the CPU": [
         *("all_reduce", "--device", "cuda", "--link", "pcie4"),
     ],
+    "--configurations belongs to bench generate": ["all_reduce", "--configurations", "tp2"],
     "--cases some: use quick or all": ["all_reduce", "--cases", "some"],
+    "--only: no case of all_gather has all of the words 'batch=3'": [
+        *("all_gather", "--only", "batch=3"),
+    ],
+    "--only: for the cases of an op, not for generate": ["generate", "--only", "m=1"],
+    "--launch eager: graphs are of GPUs": ["all_reduce", "--launch", "eager"],
+    "--launch now: use graph or eager": ["all_reduce", "--launch", "now"],
     "--iterations 0: at least 1": ["all_reduce", "--iterations", "0"],
     "unknown link 'warp'": ["all_reduce", "--link", "warp"],
     "backend 'triton' cannot run all_reduce here: needs two ranks": [
@@ -341,7 +359,7 @@ class TestGenerate:
         speeds = dict.fromkeys(names, (10.0, 30.0, 20.0))
         speeds["tp2"], speeds["transformers_float32_1t"] = (100.0, 90.0, 400.0), (25.0, 25.0, 24.0)
         reports = {name: self.report(*speeds[name]) for name in names}
-        rows = generate.make_rows(chosen, reports, [Task("plain", [1], 3, [], None)], None)
+        rows = generate.make_rows(chosen, reports, [Task("plain", [1], 3, [], None)], {})
         row = next(row for row in rows if row["configuration"] == "tp2")
         assert row["tokens_per_second"] == 100
         assert row["vs_transformers"] == 4 and row["vs_tp1_one_thread"] == 5
@@ -357,7 +375,16 @@ class TestGenerate:
         plain["tasks"] |= other["tasks"]
         tasks = [Task("edit", [1], 3, [], None), Task("edit_ngram", [1], 3, [], 5)]
         with pytest.raises(CommfuseError, match="edit_ngram: the answer differs"):
-            generate.make_rows([engine], {engine.name: [plain]}, tasks, None)
+            generate.make_rows([engine], {engine.name: [plain]}, tasks, {})
+
+    def test_configurations_are_chosen_by_name(self):
+        chosen = generate.engines(2, "bfloat16", ("cpu", "torch"), 2, ("pp2", "tp1_1t"))
+        assert [(engine.name, engine.ranks, engine.stages) for engine in chosen] == [
+            ("tp1_1t", 1, 1),
+            ("pp2", 2, 2),
+        ]
+        with pytest.raises(UsageError, match="unknown configuration tp3: use tp1_1t, tp1_2t, tp2"):
+            generate.engines(2, "bfloat16", ("cpu",), 2, ("tp3",))
 
 
 def test_provenance_is_json():

@@ -61,3 +61,40 @@ def test_sampling_options_are_of_a_prompt_and_hold_with_drafts(capsys):
 def test_options_that_do_not_fit_are_refused(capsys, arguments, message):
     said = generate(capsys, "--prompt", PROMPT, *arguments, status=2)
     assert message in said.err
+
+
+@pytest.fixture
+def plan(capsys, tmp_path):
+    """Writes what ``commfuse plan --json`` says about SmolLM2; its path."""
+
+    def write(*arguments: str) -> str:
+        command = ["commfuse", "plan", "--model", "smollm2-135m", "--json", *arguments]
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr(sys, "argv", command)
+            main()
+        path = tmp_path / "plan.json"
+        path.write_text(capsys.readouterr().out)
+        return str(path)
+
+    return write
+
+
+def test_a_plan_is_run(capsys, plan):
+    given = plan("--cluster", "1:cpu", "--acceptance", "0.8")
+    options = ("--json", "--max-new-tokens", "8", "--ignore-eos", "--prompt", PROMPT)
+    planned = json.loads(generate(capsys, *options, "--plan", given).out)
+    plain = json.loads(generate(capsys, *options, "--dtype", "bfloat16").out)
+    assert planned["outputs"][0]["token_ids"] == plain["outputs"][0]["token_ids"]
+    assert planned["stats"]["steps"] < plain["stats"]["steps"]  # by the plan's drafts
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--cluster", "2:cpu", "--replicas", "2", "--requests", "2"), "the plan has 2 replicas"),
+        (("--cluster", "1:cpu", "--weights", "fp8"), "for fp8 (--weights), which generate does"),
+    ],
+)
+def test_a_plan_that_cannot_be_run_is_refused(capsys, plan, arguments, message):
+    said = generate(capsys, "--prompt", PROMPT, "--plan", plan(*arguments), status=2)
+    assert message in said.err

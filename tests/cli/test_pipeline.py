@@ -29,7 +29,8 @@ def test_stages_of_smollm2_and_their_timeline(tmp_path):
     stats = result["stats"]
     assert (stats["tp"], stats["pp"], stats["emulated"]) == (1, 2, True)
     assert stats["backends"]["send"] == stats["backends"]["recv"] == "cpu"
-    assert stats["pipeline"]["layers"] == [19, 11]
+    assert sum(stats["pipeline"]["layers"]) == 30
+    assert all(cost > 0 for cost in stats["pipeline"]["costs"].values())
     assert stats["pipeline"]["groups"] == 2 and stats["steps"] == 14
     assert stats["pipeline"]["prefill_bubble"] == 0.5
     assert len(stats["pipeline"]["decode_idle"]) == 2

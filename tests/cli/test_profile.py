@@ -62,6 +62,15 @@ def test_a_measured_machine_is_planned_for(tmp_path):
     assert times[1] / times[2] == pytest.approx(1.5, rel=0.02)
 
 
+def test_measured_times_are_taken_as_they_are(tmp_path):
+    path = tmp_path / "cluster.yaml"
+    fast = {**MEASURED["levels"][0]["link"], "gb_per_s": 1000.0, "latency_us": 0.1}
+    write_cluster(path, {**MEASURED, "levels": [{**MEASURED["levels"][0], "link": fast}]})
+    cluster = parse_cluster(str(path))
+    for nbytes, us in fast["all_reduce_us"][2]:
+        assert cluster.all_reduce_seconds(0, 2, nbytes) == pytest.approx(us * 1e-6)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

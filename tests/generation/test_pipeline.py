@@ -12,7 +12,7 @@ from commfuse.errors import UsageError
 from commfuse.generation.statistics import bubble
 from commfuse.models.checkpoint import open_checkpoint
 from commfuse.models.smollm2 import ensure_smollm2
-from commfuse.models.stages import cut_stages, parse_split
+from commfuse.models.stages import StageCosts, cut_stages, parse_split
 from commfuse.testing import run_ranks
 from commfuse.testing.hosts import TwoHosts
 
@@ -142,6 +142,23 @@ def test_over_torch_distributed(model, whole):
         assert "of 2, and the communicator's rank 0 of 1" in rank["refused"]
 
 
+def test_layers_split_over_ranks_of_two_hosts(model, whole):
+    args = (model[0], PROMPTS, NEW_TOKENS)
+    for rank in run_ranks(f"{PIPELINE}:tensor_parallel_across_hosts", 3, args=args):
+        assert rank["transport"] == "hierarchical"
+        assert rank["outputs"] == whole["drafts"][0]
+
+
+def test_stages_are_cut_by_what_one_rank_has_measured_for_all(model):
+    first, second = run_ranks(f"{PIPELINE}:measured", 2, args=(model[0],))
+    assert first["costs"] == second["costs"]
+    costs = first["costs"]
+    assert min(costs.embedding_ns, costs.layer_ns, costs.head_ns) > 0
+    assert first["layers"] == second["layers"]
+    for rank in (first, second):
+        assert "hold layers 0 to 0, 2 to 4 of 5: each must begin where" in rank["refused"]
+
+
 @pytest.mark.parametrize(("stages", "victim"), [(2, 1), (3, 1)])
 def test_a_killed_stage_is_named_by_all_others(model, stages, victim, tmp_path):
     results = run_ranks(
@@ -177,6 +194,30 @@ def test_a_stage_on_each_of_two_hosts(model, whole, tp, tmp_path):
         kind, text, seconds = found[rank]["killed"]
         assert kind == "PeerDied" and "among the stages, rank 1 is gone" in text, text
         assert seconds < 10
+
+
+@pytest.mark.parametrize(
+    ("costs", "layers"),
+    [
+        (StageCosts(0, 10, 0), [10, 10, 10]),
+        (StageCosts(40, 10, 0), [8, 11, 11]),
+        (StageCosts(0, 10, 85), [13, 13, 4]),
+        (StageCosts(30, 10, 75), [11, 13, 6]),
+        (StageCosts(0, 1, 1000), [15, 14, 1]),
+    ],
+)
+def test_layers_are_cut_so_that_the_costliest_stage_costs_least(costs, layers):
+    config = _config(ensure_smollm2())
+    assert [len(stage.layers) for stage in cut_stages(config, 3, costs=costs)] == layers
+
+    def largest(counts):
+        loads = [count * costs.layer_ns for count in counts]
+        loads[0] += costs.embedding_ns
+        loads[-1] += costs.head_ns
+        return max(loads)
+
+    every = ((a, b, 30 - a - b) for a in range(1, 29) for b in range(1, 30 - a))
+    assert largest(layers) == min(map(largest, every))
 
 
 def test_layers_are_cut_by_weight():

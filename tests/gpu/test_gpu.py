@@ -11,7 +11,7 @@ import pytest
 from commfuse.testing import run_ranks
 
 pytestmark = pytest.mark.gpu
-WORKER = str(Path(__file__).parents[1] / "workers" / "gpu.py")
+WORKERS = Path(__file__).parents[1] / "workers"
 WORLD_SIZES = (2, 3, 4, 8)
 RESULTS = {
     "corridor": "shared cases err at most twice as much as torch",
@@ -21,6 +21,7 @@ RESULTS = {
     "uneven": "matmul_all_reduce with uneven parts of K",
     "shapes_in_turn": "GEMMs of different shapes in turn",
     "batches": "a row's bits do not depend on its batch",
+    "layers": "layers in a row, fused and not, eagerly and in graphs",
     "replays": "8192 graph replays give the eager bits",
     "stragglers": "late ranks harm nothing",
     "control": "the checks of late ranks find an exchange without signals",
@@ -33,9 +34,12 @@ def named(checks: dict[str, str]) -> list:
 
 @pytest.fixture(scope="module", params=WORLD_SIZES)
 def results(request, lab):
-    # Every rank compiles Triton's kernels for itself, a second or more for each dtype.
-    dtypes = ["bfloat16", "float16", "float32"] if request.param == 2 else ["bfloat16"]
-    return run_ranks(f"{WORKER}:results", request.param, (dtypes,), timeout=150, lab=lab)
+    # Triton compiles a kernel for a second or more, and another one for every dtype and number of
+    # ranks: the collectives have one dtype each time.
+    dtype = {3: "float32", 4: "float16"}.get(request.param, "bfloat16")
+    return run_ranks(
+        f"{WORKERS}/gpu_results.py:results", request.param, ([dtype],), timeout=240, lab=lab
+    )
 
 
 @pytest.mark.parametrize("check", named(RESULTS))
@@ -44,21 +48,17 @@ def test_results(results, check):
     assert not found, "\n".join(f"rank {rank}: {text}" for rank in found for text in found[rank])
 
 
-@pytest.fixture(scope="module")
-def registration(lab):
-    return run_ranks(f"{WORKER}:registration", 2, timeout=150, lab=lab)
-
-
+@pytest.mark.parametrize("results", [2], indirect=True)
 @pytest.mark.parametrize(
     "check", named({"opcheck": "opcheck", "compiled": "torch.compile of a block"})
 )
-def test_registration(registration, check):
-    assert [rank[check] for rank in registration] == [[], []]
+def test_registration(results, check):
+    assert [rank[check] for rank in results] == [[], []]
 
 
 @pytest.fixture(scope="module", params=[2, 3])
 def failures(request, lab):
-    return run_ranks(f"{WORKER}:failures", request.param, timeout=120, lab=lab)
+    return run_ranks(f"{WORKERS}/gpu_failures.py:failures", request.param, timeout=120, lab=lab)
 
 
 def final(rank: dict) -> bool:
@@ -97,9 +97,9 @@ def test_a_rank_that_leaves_a_call_out_is_named_after_the_deadline(failures):
     for index, rank in enumerate(failures):
         kind, text, seconds = rank["absent"]["first"]
         assert kind == "PeerTimeout", text
-        assert re.search(rf"rank [0-{last - 1}] waited 2 s for rank {last} ", text)
+        assert re.search(rf"rank [0-{last - 1}] waited 1 s for rank {last} ", text)
         assert "all_reduce bfloat16[2, 8]" in text
-        assert seconds < 8 and (index == last or seconds >= 2)
+        assert seconds < 8 and (index == last or seconds >= 1)
         assert final(rank["absent"])
 
 
@@ -110,15 +110,17 @@ def test_the_context_and_new_communicators_work_afterwards(failures, after):
 
 def test_a_second_stream_is_refused_and_harms_nothing(failures):
     for rank in failures:
-        kind, text, _ = rank["second stream"]["error"]
-        assert kind == "ConcurrentUse", text
-        assert "stream" in text
-        assert rank["second stream"]["first"] == rank["second stream"]["after"]
-        assert rank["second stream"]["after"] == [len(failures)] * 2
+        for op, (kind, text, _) in zip(
+            ("matmul_all_reduce", "all_reduce"), rank["second stream"]["errors"], strict=True
+        ):
+            assert kind == "ConcurrentUse", text
+            assert f"stream of calls on one communicator: {op} bfloat16" in text
+        assert rank["second stream"]["results"] == [128 * len(failures)] * 4
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_a_million_small_all_reduces(lab, world_size):
-    args = (1_000_000,)
-    assert run_ranks(f"{WORKER}:soak", world_size, args, timeout=240, lab=lab) == [[]] * world_size
+    soak = f"{WORKERS}/gpu_order.py:soak"
+    found = run_ranks(soak, world_size, (1_000_000,), timeout=240, lab=lab)
+    assert found == [[]] * world_size

@@ -3,6 +3,7 @@
 Without a GPU these fail; `make test` leaves them out, `make gpu-test` runs them.
 """
 
+import re
 from pathlib import Path
 
 import pytest
@@ -32,23 +33,52 @@ def test_results(found, check):
     assert [rank[check] for rank in found] == [[]] * len(found)
 
 
-@pytest.fixture(scope="module", params=[2, 3])
-def mismatches(request, lab):
-    return run_ranks(f"{WORKER}:mismatches", request.param, timeout=120, lab=lab)
+@pytest.fixture(scope="module", params=[2, 3, 8])
+def failures(request, lab):
+    return run_ranks(f"{WORKER}:failures", request.param, timeout=120, lab=lab)
+
+
+def final(rank: dict) -> bool:
+    """Whether every later call raised the first error again."""
+    return all(rank[later][:2] == rank["first"][:2] for later in ("second", "check"))
 
 
 @pytest.mark.parametrize(
-    ("case", "common", "other"),
-    [("requests", ", 4, 2]", ", 5, 2]"), ("drafts", "verify_chain bfloat16[4, 4, 0]", ", 4, 2]")],
+    ("case", "other"),
+    [
+        ("drafts", "verify_chain float32[5, 2, 3]"),
+        ("logs", "verify_chain float32[5, 2, 2] (variant"),
+        ("distributions", "verify_chain float32[5, 2, 2] (variant"),
+        ("ops", "vocab_parallel_sample float32[5]"),
+    ],
 )
-def test_calls_that_differ_are_both_named_on_every_rank(mismatches, case, common, other):
-    for rank in mismatches:
-        kind, text, seconds = rank[case]
+def test_calls_that_differ_are_both_named_on_every_rank(failures, case, other):
+    last = len(failures) - 1
+    for rank in failures:
+        kind, text, seconds = rank[case]["first"]
         assert kind == "PeerMismatch", text
-        assert common in text and other in text and seconds < 5
+        assert f"rank {last} called {other}" in text
+        assert re.search(rf"rank [0-{last - 1}] called verify_chain float32\[5, 2, 2\]", text)
+        assert seconds < 5  # a disagreement is no matter of waiting
+        assert final(rank[case])
 
 
-def test_a_rank_that_leaves_a_call_out_is_named_after_the_deadline(mismatches):
-    for rank in mismatches:
-        kind, text, _ = rank["absent"]
-        assert kind == "PeerTimeout" and f"for rank {len(mismatches) - 1} " in text, text
+def test_a_rank_that_leaves_a_call_out_is_named_after_the_deadline(failures):
+    last = len(failures) - 1
+    for index, rank in enumerate(failures):
+        kind, text, seconds = rank["absent"]["first"]
+        assert kind == "PeerTimeout", text
+        assert re.search(rf"rank [0-{last - 1}] waited 2 s for rank {last} ", text)
+        assert index == last or seconds >= 2
+        assert final(rank["absent"])
+
+
+def test_draft_lengths_that_differ_end_at_the_deadline(failures):
+    for rank in failures:
+        kind, text, _ = rank["lengths"]
+        assert kind == "PeerTimeout" and "rank 0 waited 2 s for rank " in text, text
+
+
+@pytest.mark.parametrize("after", ["mismatches", "time-out", "lengths"])
+def test_the_context_and_new_communicators_work_afterwards(failures, after):
+    assert all(rank[f"alive after {after}"] for rank in failures)

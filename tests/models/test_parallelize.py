@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,11 @@ import commfuse
 from commfuse.errors import UsageError
 from commfuse.models.parallelize import parallelize
 from commfuse.models.smollm2 import ensure_smollm2
+from commfuse.planner.cluster import parse_cluster
+from commfuse.planner.document import document
+from commfuse.planner.model import load_model
+from commfuse.planner.plan import Question, plan
+from commfuse.planner.search import Limits
 from commfuse.runtime.communicator import Communicator
 from commfuse.runtime.mesh import Mesh
 from commfuse.testing import run_ranks
@@ -99,10 +105,26 @@ def references(models):
     }
 
 
+@pytest.fixture(scope="module")
+def write_plan(tmp_path_factory):
+    """Writes a plan for CPU cores, as ``commfuse plan --json`` does; its path."""
+
+    def write(cores, **only):
+        question = Question(
+            load_model("smollm2-135m"), parse_cluster(f"{cores}:cpu"), limits=Limits(**only)
+        )
+        path = tmp_path_factory.mktemp("plan") / "plan.json"
+        path.write_text(json.dumps(document(plan(question))))
+        return str(path)
+
+    return write
+
+
 @pytest.fixture(scope="module", params=[1, 2, 3])
-def ranks(request, models):
-    paths = [str(path) for path, _ in models.values()]
-    return run_ranks(f"{WORKER}:run", request.param, args=(paths, PROMPTS, NEW_TOKENS), timeout=200)
+def ranks(request, models, write_plan):
+    paths, count = [str(path) for path, _ in models.values()], request.param
+    args = (paths, PROMPTS, NEW_TOKENS, write_plan(count, tp=count, pp=1))
+    return run_ranks(f"{WORKER}:run", count, args=args, timeout=200)
 
 
 def assert_same_tokens(found, reference):
@@ -149,6 +171,22 @@ def test_the_weights_of_smollm2(models):
     for rank in run_ranks(f"{WORKER}:run", 2, args=([path], PROMPTS, NEW_TOKENS)):
         for way in ("live", "read"):
             assert_same_tokens(rank[path, way]["tokens"], reference)
+
+
+def test_split_as_a_plan_says(ranks, references):
+    for rank in ranks:
+        assert_same_tokens(rank["planned"], references["llama"])
+
+
+def test_a_plan_on_one_rank(models, write_plan):
+    small = str(models["llama"][0])
+    model = commfuse.parallelize(small, write_plan(1))
+    assert model.dtype == torch.bfloat16  # the plan's; the file's is float32
+    assert len(model.generate(torch.tensor([[1, 2]]), max_new_tokens=2, pad_token_id=0)[0]) == 4
+    with pytest.raises(UsageError, match="plan with --pp 1"):
+        commfuse.parallelize(small, write_plan(2, pp=2))
+    with pytest.raises(UsageError, match="tp=2 x pp=1 needs 2 ranks, and 1 were started"):
+        commfuse.parallelize(small, write_plan(2, tp=2))
 
 
 def test_a_rank_that_reads_a_model_holds_its_parts_and_one_tensor(models):

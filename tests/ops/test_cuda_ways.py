@@ -61,6 +61,11 @@ def test_an_all_reduce_names_its_algorithm_and_the_table(shape, words):
         (COMM, query(65, 4096, 8192), "a GEMM (fused from 8 to 64 rows), then two shots in bulk"),
         (COMM, query(8, 64, 64, dtype=torch.float32), "a GEMM (float32 is not fused), then one"),
         (communicator(Table(1, 1, 1, 0)), query(8, 64, 64), "a GEMM (never fused), then two shots"),
+        (
+            communicator(Table(1, 1, 1, 0, 20)),
+            query(8, 64, 64),
+            "a GEMM (never fused, 20% of its tiles claimed), then two shots",
+        ),
     ],
 )
 def test_a_row_parallel_layer_says_whether_it_is_fused(comm, asked, words):

@@ -72,6 +72,8 @@ def test_a_curve_is_linear_between_points():
         ("2xany:h100-sxm", "not understood"),
         ("0:h100-sxm", "at least one device"),
         ("8:h1000", "did you mean"),
+        ("8:h20", "did you mean .*h200"),
+        ("8:l40", "did you mean .*l40s"),
         ("8:h100-sxm,infinibond", "unknown link"),
         ("nothing.yaml", "No such file"),
     ],

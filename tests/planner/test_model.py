@@ -67,8 +67,20 @@ def test_a_rank_keeps_every_kv_head_that_it_reads():
     assert [model.shard(tp).kv_heads for tp in (1, 2, 3, 4, 6)] == [3, 2, 1, 1, 1]
 
 
-def test_names_of_repositories():
-    assert load_model("meta-llama/Llama-3.1-70B-Instruct").name == "llama-3.1-70b"
+@pytest.mark.parametrize(
+    ("repository", "preset"),
+    [
+        ("meta-llama/Llama-3.1-70B-Instruct", "llama-3.1-70b"),
+        ("amd/Llama-3.1-405B-Instruct-FP8-KV", "llama-3.1-405b"),
+        ("LLAMA3.1_8B", "llama-3.1-8b"),
+        ("RedHatAI/Llama-3.3-70B-Instruct-quantized.w8a8", "llama-3.3-70b"),
+        ("mistralai/Mistral-7B-Instruct-v0.3", "mistral-7b"),
+        ("mistralai/Mistral-Nemo-Instruct-2407", "mistral-nemo-12b"),
+        ("Qwen/Qwen2.5-0.5B-Instruct-AWQ", "qwen2.5-0.5b"),
+    ],
+)
+def test_names_of_repositories(repository, preset):
+    assert load_model(repository).name == preset
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,13 @@
 """Predictions against measured rows, and the command line."""
 
 import json
+import sys
 from collections import namedtuple
 
 import pytest
 from typer.testing import CliRunner
 
-from commfuse.cli import app
+from commfuse.cli import app, main
 from commfuse.errors import UsageError
 from commfuse.planner.validation import COLUMNS, validate
 
@@ -71,8 +72,11 @@ def test_a_fit_on_other_rows_helps(table):
 
 
 def test_rows_that_cannot_be_used_are_counted(table):
-    report = validate(table([*ROWS, ROWS[0]._replace(model="x/Mixtral-8x7B")]))
-    assert sum(report.left_out.values()) == 1
+    others = [{"model": "x/Mixtral-8x7B"}, {"ttft": ""}, {"tpot": "nan"}, {"precision": "int3"}]
+    others += [{"tp": 128}]
+    report = validate(table([*ROWS, *(ROWS[0]._replace(**changes) for changes in others)]))
+    assert report.total.rows == len(ROWS)
+    assert sum(report.left_out.values()) == len(others)
 
 
 def test_the_command_validates(table):
@@ -116,6 +120,9 @@ def test_nothing_fits():
         ((), "needs --model and --cluster"),
         (("--model", "lama-3.1-8b", "--cluster", "1:h100-sxm"), "did you mean"),
         (("--model", "llama-3.1-8b", "--cluster", "h100"), "--cluster takes"),
+        (("--model", "llama-3.1-8b", "--cluster", "8:h101-sxm"), "did you mean h100-sxm"),
+        (("--model", "no/config.json", "--cluster", "1:h100-sxm"), "no such file"),
+        (("--model", "mixtral-8x7b", "--cluster", "1:h100-sxm"), "mixture of experts"),
         (("--model", "llama-3.1-8b", "--cluster", "1:h100-sxm", "--weights", "fp5"), "use bf16"),
         (("--model", "llama-3.1-8b", "--cluster", "1:h100-sxm", "--objective", "fun"), "latency"),
         (("--model", "llama-3.1-8b", "--cluster", "1:h100-sxm", "--acceptance", "3"), "drafts"),
@@ -123,7 +130,11 @@ def test_nothing_fits():
         (("--model", "llama-3.1-8b", "--cluster", "1:h100-sxm", "--tp", "2"), "no layout"),
     ],
 )
-def test_bad_input(arguments, message):
-    done = run(*arguments)
-    assert isinstance(done.exception, UsageError)  # main() prints it and exits with 2
-    assert message in str(done.exception)
+def test_bad_input(arguments, message, capsys):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(sys, "argv", ["commfuse", "plan", *arguments])
+        main()
+    assert end.value.code == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("error: ")
+    assert message in said.err

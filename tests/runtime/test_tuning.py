@@ -31,7 +31,7 @@ def test_an_unknown_gpu_has_fixed_values():
 
 
 def test_the_users_own_table_comes_first(cache):
-    two, eight = Table(1, 2, 3), Table(4, 5, 6)
+    two, eight = Table(1, 2, 3, 4, 20), Table(4, 5, 6)
     path = tuning.save(H100, {2: two}, {"torch": "2.11.0"})
     assert path == cache / "tune-nvidia-h100-80gb-hbm3.json"
     tuning.save(H100, {8: eight}, {})
@@ -50,11 +50,13 @@ def test_the_users_own_table_comes_first(cache):
         '{"tables": {}}',
         '{"tables": {"2": {"one_shot_bytes": 1}}}',
         '{"tables": {"2": {"one_shot_bytes": 9, "lines_bytes": 8, "fused_from_rows": 1, '
-        '"fused_to_rows": 64}}}',
+        '"fused_to_rows": 64, "claimed_percent": 0}}}',
         '{"tables": {"2": {"one_shot_bytes": -1, "lines_bytes": 8, "fused_from_rows": 1, '
-        '"fused_to_rows": 64}}}',
+        '"fused_to_rows": 64, "claimed_percent": 0}}}',
+        '{"tables": {"2": {"one_shot_bytes": 1, "lines_bytes": 8, "fused_from_rows": 1, '
+        '"fused_to_rows": 64, "claimed_percent": 101}}}',
         '{"tables": {"2": {"one_shot_bytes": "1", "lines_bytes": 8, "fused_from_rows": 1, '
-        '"fused_to_rows": 64}}}',
+        '"fused_to_rows": 64, "claimed_percent": 0}}}',
     ],
 )
 def test_a_table_that_cannot_be_used_is_named(content, cache):

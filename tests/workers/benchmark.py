@@ -4,6 +4,7 @@ import torch
 import torch.distributed as dist
 
 from commfuse.bench import runner
+from commfuse.bench.selection import Options
 from commfuse.errors import CommfuseError
 from commfuse.runtime.communicator import Communicator
 from commfuse.runtime.link import parse_link
@@ -16,8 +17,8 @@ SLOW = parse_link("20000:10")
 SUM = Case("all_reduce", (("m", 2), ("n", 33)))
 
 
-def _options(case: Case, *backends: str) -> runner.Options:
-    return runner.Options(case.op, dist.get_world_size(), backends, iterations=10)
+def _options(case: Case, *backends: str) -> Options:
+    return Options(case.op, dist.get_world_size(), backends, iterations=10)
 
 
 def everything() -> tuple[list[dict], str, str]:

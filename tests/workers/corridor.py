@@ -61,7 +61,7 @@ def shared_cases(dtypes: list[str], kinds: list[str]) -> tuple[list[str], dict[s
             expected = adapter.share(adapter.reference(inputs), comm.rank)
             plain = adapter.share(adapter.composition(inputs), comm.rank)
             # cuda needs a GPU, triton its interpreter: tests/triton_kernels.
-            names = {b.name for b in ops.op(case.op).backends} - {"cuda", "triton"}
+            names = {b.name for b in ops.op(case.op).backends} - {"cuda", "triton", "hierarchical"}
             for backend in sorted(names):
                 mine = adapter.prepare(inputs[comm.rank], backend)
                 out = adapter.call(mine, comm, backend)

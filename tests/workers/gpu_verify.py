@@ -16,6 +16,7 @@ from commfuse import ops
 from commfuse.nn.sharding import shard_vocabulary
 from commfuse.runtime import launch
 from commfuse.runtime.communicator import Communicator
+from commfuse.testing.numerics import digest
 
 
 def _load(name: str):
@@ -152,7 +153,7 @@ def verified(comm) -> Found:
                     )
                     label = f"V={size} B={batch} {kind} {dtype} q={distributions}"
                     found += differences(label, out, made.expected(logs))
-                    tokens[label] = GPU.digest(*(x for x in out if x is not None))
+                    tokens[label] = digest(*(x for x in out if x is not None))
     comm.check()
     return found + GPU.differing(tokens, comm)
 
@@ -401,33 +402,69 @@ def run() -> dict[str, Found]:
     return found
 
 
-def mismatches() -> dict[str, GPU.Raised]:
-    """Calls that do not belong together: what the last rank and the others raise."""
-    found = {}
-    launch.use_gpu()
-    pairs = {
-        "requests": (("sampled", 300, 4, 2), ("sampled", 300, 5, 2)),
-        "drafts": (("sampled", 300, 4, 0), ("sampled", 300, 4, 2)),
+def _shard(comm) -> tuple[torch.Tensor, int]:
+    """Logits of ones, [5, a shard of 300], on this rank's GPU, and where the shard begins."""
+    span = shard_vocabulary(300, comm.world_size, comm.rank)
+    return torch.ones(5, len(span), device=str(comm.device)), span.begin
+
+
+def _verify(comm, lengths=(2, 1), q=False, logs=False, longest=2) -> ops.Verified:
+    """Two requests with drafts, by options of which ranks may not differ."""
+    logits, begin = _shard(comm)
+    device = str(comm.device)
+    drafts = torch.zeros(2, longest, dtype=torch.int64, device=device)
+    sampling = ops.Sampling.of(2, temperature=1.0, seed=[1, 2]).to(comm.device)
+    return ops.verify_chain(
+        logits, drafts, torch.tensor(lengths, device=device), sampling,
+        torch.arange(2, device=device), begin, comm,
+        draft_probabilities=torch.full((3, logits.shape[1]), 1 / 300, device=device) if q else None,
+        log_probabilities=logs, backend="cuda",
+    )  # fmt: skip
+
+
+def _draw(comm) -> None:
+    logits, begin = _shard(comm)
+    sampling = ops.Sampling.of(5, temperature=1.0).to(comm.device)
+    positions = torch.arange(5, device=str(comm.device))
+    ops.vocab_parallel_sample(logits, sampling, positions, begin, comm, backend="cuda")
+
+
+def _alive(device: torch.device) -> bool:
+    """Whether the CUDA context still works, and verification on a new communicator too."""
+    total = torch.full((1000,), 2.0, device=device).sum().item()
+    made = Requests("both", 1000, 4, 2, torch.bfloat16, 5, True)
+    with GPU.communicator() as comm:
+        given, q = made.arguments(comm)
+        out = ops.verify_chain(*given, draft_probabilities=q, backend="cuda")
+        comm.check()
+    return total == 2000 and not differences("", out, made.expected(False))
+
+
+def failures() -> dict[str, dict[str, GPU.Raised] | bool]:
+    """Calls that do not belong together, and a rank that leaves one out: what every rank raises."""
+    device, found = launch.use_gpu(), {}
+    calls = {
+        "drafts": lambda comm: _verify(comm, longest=3),
+        "logs": lambda comm: _verify(comm, logs=True),
+        "distributions": lambda comm: _verify(comm, q=True),
+        "ops": _draw,
     }
     with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream()):
-        for name, (ours, other) in pairs.items():
+        for name, other in calls.items():
             with GPU.communicator() as comm:
-                mine = other if comm.rank == comm.world_size - 1 else ours
-                arguments, _ = Requests(*mine, torch.bfloat16, 1).arguments(comm)
-
-                def called(comm=comm, arguments=arguments):
-                    ops.verify_chain(*arguments, backend="cuda")
-                    comm.check()
-
-                found[name] = GPU.raised(called)
+                mine = other if comm.rank == comm.world_size - 1 else _verify
+                found[name] = GPU.failing(comm, lambda comm=comm, mine=mine: mine(comm))
+        found["alive after mismatches"] = _alive(device)
         with GPU.communicator(timeout=2.0) as comm:
-            arguments, _ = Requests("both", 300, 4, 2, torch.bfloat16, 1).arguments(comm)
             if comm.rank == comm.world_size - 1:
                 time.sleep(4.0)
-
-            def late():
-                ops.verify_chain(*arguments, backend="cuda")
-                comm.check()
-
-            found["absent"] = GPU.raised(late)
+            found["absent"] = GPU.failing(comm, lambda: _verify(comm, q=True))
+        found["alive after time-out"] = _alive(device)
+        # Lengths are not compared: a rank with a row more waits for it, and all learn of that.
+        with GPU.communicator(timeout=2.0) as comm:
+            _verify(comm, lengths=(2, 1) if comm.rank == 0 else (2, 0))
+            torch.cuda.synchronize()
+            dist.barrier()
+            found["lengths"] = GPU.raised(comm.check)
+        found["alive after lengths"] = _alive(device)
     return found

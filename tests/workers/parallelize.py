@@ -33,7 +33,15 @@ def tokens(output, new_tokens: int) -> list[list[int]]:
     return output.sequences[:, -new_tokens:].tolist()
 
 
-def run(paths: list[str], prompts: list[list[int]], new_tokens: int) -> dict:
+def planned(path: str, plan: str, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+    """Greedy tokens of a model that is split as a plan says."""
+    model = commfuse.parallelize(path, plan, dtype=torch.float32)
+    return tokens(generate(model, prompts, new_tokens), new_tokens)
+
+
+def run(
+    paths: list[str], prompts: list[list[int]], new_tokens: int, plan: str | None = None
+) -> dict:
     """By path and way of loading: greedy tokens and the logits of all prompts' ends."""
     results = {}
     with commfuse.init_mesh(tp=dist.get_world_size()) as mesh:
@@ -54,6 +62,8 @@ def run(paths: list[str], prompts: list[list[int]], new_tokens: int) -> dict:
             ):
                 output = generate(read, prompts[:1], new_tokens, **options)
                 results[path, way] = tokens(output, new_tokens)
+    if plan is not None:
+        results["planned"] = planned(paths[0], plan, prompts, new_tokens)
     return results
 
 

@@ -10,6 +10,7 @@ from commfuse.errors import CommfuseError
 from commfuse.generation import Generator, Pipeline, engine
 from commfuse.models.checkpoint import open_checkpoint
 from commfuse.models.llama import Llama
+from commfuse.models.stage_costs import measure_costs
 from commfuse.models.stages import cut_stages
 from commfuse.ops import Sampling
 from commfuse.runtime.mesh import Mesh, init_mesh
@@ -102,6 +103,29 @@ def over_torch(path: str, prompts: list[list[int]], new_tokens: int) -> dict:
             refused = str(error)
         dist.barrier()
     return {"outputs": found, "refused": refused}
+
+
+def tensor_parallel_across_hosts(path: str, prompts: list[list[int]], new_tokens: int) -> dict:
+    """Three ranks split each layer, two of them on one host."""
+    with init_mesh(tp=3, host=str(dist.get_rank() // 2)) as mesh:
+        model, _ = _load(path, mesh)
+        found = Generator(model).generate(prompts, new_tokens, draft_length=3)
+        return {"transport": mesh.tp.transport, "outputs": found.outputs}
+
+
+def measured(path: str) -> dict:
+    """Costs as two stages measure them; and stages that do not fit together."""
+    with init_mesh(pp=2) as mesh, open_checkpoint(Path(path)) as checkpoint:
+        costs = measure_costs(checkpoint.config, mesh, rows=3)
+        cut = cut_stages(checkpoint.config, 2, costs=costs)
+        splits = [[1, 4], [2, 3]]
+        mine = cut_stages(checkpoint.config, 2, splits[mesh.pp.rank])[mesh.pp.rank]
+        try:
+            Pipeline(Llama(checkpoint, mesh.tp, stage=mine), mesh.pp)
+            refused = ""
+        except CommfuseError as error:
+            refused = str(error)
+    return {"costs": costs, "layers": [len(stage.layers) for stage in cut], "refused": refused}
 
 
 def dying(path: str, victim: int, folder: str) -> tuple[str, str, float]:

@@ -13,13 +13,15 @@ from commfuse.runtime.link import Link, parse_links
 DEVICES = ("cpu", "cuda")
 DTYPES = ("bfloat16", "float16", "float32")
 CASES = ("quick", "all")
+LAUNCHES = ("graph", "eager")
 
 
 def bench(
     op: Annotated[
         str,
         typer.Argument(
-            help="An op (all_reduce, matmul_all_reduce, …), send_recv, pipeline, wall or generate."
+            help="An op (all_reduce, matmul_all_reduce, …); verify, the ops that draw and verify "
+            "tokens; send_recv, pipeline, wall or generate."
         ),
     ],
     device: Annotated[str, typer.Option(help=f"{' or '.join(DEVICES)}.")] = "cpu",
@@ -34,10 +36,18 @@ def bench(
         str | None,
         typer.Option(help="Backends and peers, as in cpu,torch. (default: all that can run)"),
     ] = None,
+    configurations: Annotated[
+        str | None,
+        typer.Option(help="generate: only these of its rows, as in tp1_1t,tp2,pp2. (default: all)"),
+    ] = None,
     dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")] = "bfloat16",
     cases: Annotated[
         str, typer.Option(help="quick, or all: more sizes; of pipeline, text too.")
     ] = "quick",
+    only: Annotated[
+        str | None,
+        typer.Option(help='Of an op, the cases with all these words, as in "batch=8 +sampled".'),
+    ] = None,
     iterations: Annotated[
         int | None,
         typer.Option(
@@ -45,6 +55,12 @@ def bench(
             "a second's worth; 20; 3, on a GPU 5)"
         ),
     ] = None,
+    launch: Annotated[
+        str,
+        typer.Option(
+            help="On a GPU: graph, from a CUDA graph, or eager, from Python, call by call."
+        ),
+    ] = "graph",
     link: Annotated[
         list[str] | None,
         typer.Option(
@@ -84,12 +100,21 @@ def bench(
         raise UsageError(f"--dtype {dtype}: use {', '.join(DTYPES)}")
     if cases not in CASES:
         raise UsageError(f"--cases {cases}: use {' or '.join(CASES)}")
+    if launch not in LAUNCHES:
+        raise UsageError(f"--launch {launch}: use {' or '.join(LAUNCHES)}")
+    if launch != "graph" and device != "cuda":
+        raise UsageError(f"--launch {launch}: graphs are of GPUs; use it with --device cuda")
     if iterations is not None and iterations < 1:
         raise UsageError(f"--iterations {iterations}: at least 1")
     links = parse_links(link or [])
     if links and device == "cuda":
         raise UsageError("--link: links are emulated between ranks on the CPU only")
-    names = _split(backends)
+    names = _split("--backends", backends, "cpu,torch")
+    chosen = _split("--configurations", configurations, "tp1_1t,tp2")
+    if chosen is not None and op != "generate":
+        raise UsageError("--configurations belongs to bench generate")
+    if only and op in ("generate", "pipeline", "wall", "send_recv"):
+        raise UsageError(f"--only: for the cases of an op, not for {op}")
     if op == "generate":
         if started is not None:
             raise UsageError("bench generate starts its own ranks: run it without a launcher")
@@ -103,7 +128,7 @@ def bench(
 
         for count in counts:
             run_generate(
-                model or "smollm2", count, names, dtype, iterations or 3, links.get("tp"), as_json
+                model or "smollm2", count, names, chosen, dtype, iterations or 3, links, as_json
             )
         return
 
@@ -127,26 +152,32 @@ def bench(
         _send_recv(device, counts, started, names, dtype, cases, iterations, links, as_json)
         return
 
-    from commfuse.bench.runner import Options, check_options, run_rank
+    from commfuse.bench.runner import run_rank
+    from commfuse.bench.selection import Options, check_options, ops_of
 
-    every = [
-        Options(
-            op=op,
-            world_size=count,
-            backends=names,
-            device=device,
-            dtype=dtype,
-            cases=cases,
-            iterations=iterations,
-            link=links.get("tp"),
-            as_json=as_json,
-        )
+    by_count = [
+        [
+            Options(
+                op=name,
+                world_size=count,
+                backends=names,
+                device=device,
+                dtype=dtype,
+                cases=cases,
+                only=tuple((only or "").split()),
+                iterations=iterations,
+                link=links.get("tp"),
+                launch=launch,
+                as_json=as_json,
+            )
+            for name in ops_of(op)
+        ]
         for count in counts
     ]
-    for options in every:
-        check_options(options)
+    for every in by_count:
+        check_options(every)
     if started is not None or (counts == [1] and device == "cpu"):
-        run_rank(every[0])
+        run_rank(by_count[0])
         return
     with gpu_lab(device) as lab:
         for count in counts:
@@ -203,7 +234,7 @@ def _send_recv(
         raise typer.Exit(status)
 
 
-def _split(names: str | None) -> tuple[str, ...] | None:
+def _split(option: str, names: str | None, example: str) -> tuple[str, ...] | None:
     """The names in a comma-separated list, each once; None for no list.
 
     Raises:
@@ -213,5 +244,5 @@ def _split(names: str | None) -> tuple[str, ...] | None:
         return None
     found = tuple(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
     if not found:
-        raise UsageError("--backends is empty; name some, as in cpu,torch")
+        raise UsageError(f"{option} is empty; name some, as in {example}")
     return found

@@ -32,6 +32,7 @@ VECTOR_FEATURES = ("avx", "fma", "f16c", "amx", "asimd", "sve", "bf16")
 PROMISES = {
     "cpu": "same bits on every rank and in every run of equal shapes and world size",
     "triton": "same bits on every rank and in every run of equal shapes and world size",
+    "hierarchical": "same bits on every rank and in every run of equal shapes and hosts",
     "torch": "same bits on every rank; runs may differ",
     "reference": "float64, for tests",
 }
@@ -326,7 +327,7 @@ def _print(report: dict) -> None:
             table.add_row(str(rank), *row)
         console.print(table)
         right = "right" if job["sums_are_right"] else "WRONG"
-        console.print(f"  an all-reduce over it gave {right} sums")
+        console.print(f"  all together: {job['transport']}; an all-reduce gave {right} sums")
         _print_backends(console, f"ops on {world} ranks", job["backends"])
     section("determinism", report["determinism"])
 

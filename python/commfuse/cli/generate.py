@@ -66,7 +66,7 @@ def generate(
     ] = None,
     pp_split: Annotated[
         str | None,
-        typer.Option(help="Layers of each stage, as in 19,11. [default: by the weights' sizes]"),
+        typer.Option(help="Layers of each stage, as in 19,11. [default: by measured cost]"),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="The most tokens to generate.")] = 128,
     temperature: Annotated[
@@ -112,7 +112,7 @@ def generate(
     ] = "auto",
     plan: Annotated[
         Path | None,
-        typer.Option(help="A file that `commfuse plan --json` wrote: its TP, PP, draft tokens."),
+        typer.Option(help="A file that `commfuse plan --json` wrote: TP, PP, draft tokens, dtype."),
     ] = None,
     threads: Annotated[
         int | None, typer.Option(help="Threads of each rank. [default: cores / ranks]")
@@ -147,7 +147,7 @@ def generate(
     if threads is not None and threads < 1:
         raise UsageError(f"--threads {threads}: at least 1")
     if plan is not None:
-        tp, pp, speculate = _from_plan(plan, tp, pp, speculate)
+        tp, pp, speculate, dtype = _from_plan(plan, tp, pp, speculate, dtype)
     tp, pp = agree_on_mesh(tp, pp)
     if trace is not None and not trace.absolute().parent.is_dir():
         raise UsageError(f"--trace {trace}: there is no such folder")
@@ -242,24 +242,21 @@ def _sampling(
     }
 
 
-def _from_plan(path: Path, tp: int | None, pp: int | None, speculate: str) -> tuple[int, int, str]:
-    """The ranks, stages and drafter of a plan; what was given beside it comes first.
+def _from_plan(
+    path: Path, tp: int | None, pp: int | None, speculate: str, dtype: str | None
+) -> tuple[int, int, str, str]:
+    """The ranks, stages, drafter and dtype of a plan; what was given beside it comes first.
 
     Raises:
         UsageError: the plan cannot be read, or asks for what cannot run here.
     """
-    from commfuse.planner.document import read_run_options
+    from commfuse.models.run_plan import read_run_plan
 
-    run = read_run_options(path)
-    if run["replicas"] > 1:
-        raise UsageError(
-            f"--plan {path}: it has {run['replicas']} replicas, and generate runs one; plan with "
-            "--replicas 1"
-        )
-    drafts = run["draft_tokens"]
-    if drafts and speculate == "off":
-        speculate = f"ngram:{drafts}"
-    return tp or run["tp"], pp or run["pp"], speculate
+    plan = read_run_plan(path)
+    planned = plan.dtype_for("generate")
+    if plan.draft_tokens and speculate == "off":
+        speculate = f"ngram:{plan.draft_tokens}"
+    return tp or plan.tp, pp or plan.pp, speculate, dtype or planned
 
 
 def _model_path(model: str, as_json: bool) -> Path:
@@ -318,6 +315,7 @@ def _generate(options: _Options, mesh) -> None:
     from commfuse.generation.floors import measure_floors
     from commfuse.models.checkpoint import open_checkpoint
     from commfuse.models.llama import Llama
+    from commfuse.models.stage_costs import measure_costs
     from commfuse.models.stages import cut_stages
     from commfuse.ops import Sampling
 
@@ -329,13 +327,18 @@ def _generate(options: _Options, mesh) -> None:
         else:
             prompts = [tokenizer.encode(text) for text in options.prompts]
         dtype = getattr(torch, options.dtype) if options.dtype else None
-        stages = cut_stages(checkpoint.config, options.pp, options.pp_split)
+        costs = None
+        if options.pp > 1 and options.pp_split is None:
+            group = -(-len(prompts) // options.pp)
+            costs = measure_costs(checkpoint.config, mesh, dtype, group)
+        stages = cut_stages(checkpoint.config, options.pp, options.pp_split, costs=costs)
         backend = options.backend if options.device == "cuda" else "auto"
         model = Llama(checkpoint, mesh.tp, dtype, stages[mesh.pp.rank], backend)
     generator = Generator(model, Pipeline(model, mesh.pp))
     shown = mesh.tp.rank == mesh.pp.rank == 0
     stop_ids = () if options.ignore_eos else model.config.eos_token_ids
-    report = Report(mesh, model, stages, tokenizer, prompts, quiet=options.as_json or not shown)
+    quiet = options.as_json or not shown
+    report = Report(mesh, model, stages, costs, tokenizer, prompts, quiet)
     trace = None if options.trace is None else Trace(options.trace, mesh)
     with report, trace or contextlib.nullcontext():
         result = generator.generate(

@@ -15,7 +15,8 @@ def collect() -> dict:
     """Joins the job and describes it, the same on every rank.
 
     Returns:
-        ``ranks``: host, process and cores of each; ``transports``: by pair, ``transports[a][b]``;
+        ``ranks``: host, process and cores of each; ``transport``: of all together;
+        ``transports``: by pair, ``transports[a][b]``;
         ``sums_are_right``: whether an all-reduce over that transport gave the right sum;
         ``backends``: of every op, which backend runs it on these ranks and why not the others.
 
@@ -26,7 +27,7 @@ def collect() -> dict:
     import torch.distributed as dist
 
     from commfuse import ops
-    from commfuse.runtime.communicator import LOCAL, Communicator
+    from commfuse.runtime.communicator import Communicator
     from commfuse.runtime.launch import join_job
 
     torch.set_num_threads(1)
@@ -44,11 +45,10 @@ def collect() -> dict:
             total = ops.all_reduce(torch.full((64,), comm.rank + 1.0), comm)
             verdicts = [None] * world
             dist.all_gather_object(verdicts, bool((total == world * (world + 1) / 2).all()))
-            pairs = [
-                [LOCAL if a == b else comm.transport for b in range(world)] for a in range(world)
-            ]
+            pairs = [[comm.transport_between(a, b) for b in range(world)] for a in range(world)]
             return {
                 "ranks": ranks,
+                "transport": comm.transport,
                 "transports": pairs,
                 "sums_are_right": all(verdicts),
                 "shared_bytes_of_a_call": comm.payload_bytes,

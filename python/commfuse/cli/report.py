@@ -16,8 +16,9 @@ from commfuse.generation import Generation, GenerationStatistics
 from commfuse.generation.floors import Floors
 from commfuse.generation.statistics import bubble
 from commfuse.models.llama import Llama
-from commfuse.models.stages import Stage
+from commfuse.models.stages import Stage, StageCosts
 from commfuse.models.tokenizer import Tokenizer
+from commfuse.runtime.communicator import TORCH_DISTRIBUTED
 from commfuse.runtime.mesh import Mesh
 
 USED_OPS = {
@@ -40,6 +41,7 @@ class Report:
     Args:
         mesh, model, tokenizer: of this rank.
         stages: of the model.
+        costs: by which it was cut; None: by hand, or not at all.
         prompts: token ids of each.
         quiet: show nothing.
     """
@@ -49,12 +51,13 @@ class Report:
         mesh: Mesh,
         model: Llama,
         stages: Sequence[Stage],
+        costs: StageCosts | None,
         tokenizer: Tokenizer,
         prompts: list[list[int]],
         quiet: bool,
     ):
         self.mesh, self.comm, self.model, self.stages = mesh, mesh.tp, model, stages
-        self.tokenizer, self.prompts = tokenizer, prompts
+        self.costs, self.tokenizer, self.prompts = costs, tokenizer, prompts
         self.quiet = quiet
         self.console = Console(highlight=False, markup=False)
         self.streams = [tokenizer.stream() for _ in prompts]
@@ -128,7 +131,8 @@ class Report:
         count = len(self.stages)
         return {
             "layers": [len(stage.layers) for stage in self.stages],
-            "transport": self.mesh.pp.transport,
+            "costs": None if self.costs is None else asdict(self.costs),
+            "transport": TORCH_DISTRIBUTED if self.mesh.pp.hierarchy else self.mesh.pp.transport,
             "groups": statistics.groups,
             "prefill_passes": statistics.prefill_passes,
             "prefill_idle": statistics.prefill_idle,

@@ -31,7 +31,8 @@ class Pipeline:
         rows: the most tokens of a pass.
 
     Raises:
-        UsageError: the communicator has another number of ranks than the model stages.
+        UsageError: the communicator has another number of ranks than the model stages, or the
+            stages' layers do not follow each other.
 
     Attributes:
         passes: that may be under way at once.
@@ -51,6 +52,14 @@ class Pipeline:
             raise UsageError(
                 f"the model is stage {model.stage.index} of {model.stage.count}, and the "
                 f"communicator's rank {index} of {stages}"
+            )
+        spans = [(0, 0), *self.gather((model.stage.layers.begin, model.stage.layers.end))]
+        ends = [*(begin for begin, _ in spans[1:]), model.config.num_layers]
+        if any(end != begin for (_, end), begin in zip(spans, ends, strict=True)):
+            held = ", ".join(f"{begin} to {end - 1}" for begin, end in spans[1:])
+            raise UsageError(
+                f"the stages hold layers {held} of {model.config.num_layers}: each must begin "
+                "where the one before ends; cut the model alike on all ranks"
             )
         self.passes = min(2 * stages, MOST_SLOTS)
         self._mine: deque[torch.Tensor] = deque()  # the last stage's results, until they are due

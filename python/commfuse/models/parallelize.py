@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,11 @@ from commfuse.errors import UsageError
 from commfuse.models.checkpoint import (
     StoredTensors,
     open_tensors,
-    read_json,
     return_freed_memory,
 )
 from commfuse.models.config import DTYPES
+from commfuse.models.run_plan import read_run_plan
+from commfuse.models.skeleton import read_the_rest, skeleton_of
 from commfuse.nn import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -31,7 +33,7 @@ from commfuse.nn import (
     split,
 )
 from commfuse.runtime.communicator import Communicator
-from commfuse.runtime.mesh import Mesh
+from commfuse.runtime.mesh import Mesh, init_mesh
 
 COLUMNS, ROWS = "colwise", "rowwise"
 # Of the plan: modules that every rank keeps whole, and heads, which are found without it.
@@ -78,7 +80,7 @@ class _Change:
 
 
 def parallelize(
-    model: nn.Module | str | Path, mesh: Mesh, *, dtype: torch.dtype | None = None
+    model: nn.Module | str | Path, mesh: Mesh | str | Path, *, dtype: torch.dtype | None = None
 ) -> nn.Module:
     """Splits a causal LM of the transformers library over the tensor-parallel ranks.
 
@@ -95,8 +97,10 @@ def parallelize(
         model: the whole model on every rank, equal on all, on the CPU, in bfloat16, float16 or
             float32; changed in place. Or a directory with config.json and safetensors: every rank
             then reads its own slices, one tensor at a time.
-        mesh: from :func:`commfuse.init_mesh`, of one pipeline stage, on the CPU.
-        dtype: of a model that is read; None: as in config.json, or else as stored.
+        mesh: from :func:`commfuse.init_mesh`, of one pipeline stage, on the CPU. Or a file that
+            ``commfuse plan --json`` wrote: its TP is the number of ranks, which must have been
+            started. Their mesh is made here, and closed when the model is gone.
+        dtype: of a model that is read; None: the plan's, or as in config.json, or else as stored.
 
     Returns:
         The model.
@@ -105,19 +109,42 @@ def parallelize(
         UsageError: before anything is changed or read: tensor parallelism that this model does not
             allow (the message says what would work); layers that the plan does not mention or cuts
             in an unknown way (mixtures of experts, fused or quantised layers), named; a model that
-            is split already; a mesh of several stages or on a GPU.
+            is split already; a mesh of several stages or on a GPU; a plan for several stages, for
+            replicas or for quantised weights, or one that cannot be read.
 
     Example:
         >>> model = AutoModelForCausalLM.from_pretrained(path)
         >>> with commfuse.init_mesh(tp=2) as mesh:      # under torchrun --nproc-per-node 2
         ...     tokens = commfuse.parallelize(model, mesh).generate(prompt, max_new_tokens=32)
+        >>> model = commfuse.parallelize(path, "plan.json")    # on as many ranks as the plan says
     """
+    if isinstance(mesh, Mesh):
+        return _parallelize(model, mesh, dtype)
+    plan = read_run_plan(mesh)
+    planned = getattr(torch, plan.dtype_for("parallelize"))
+    if plan.pp > 1:
+        raise UsageError(
+            f"the plan has {plan.pp} pipeline stages, and parallelize splits layers; plan with "
+            "--pp 1"
+        )
+    reads = not isinstance(model, nn.Module)
+    own = init_mesh(tp=plan.tp)
+    try:
+        result = _parallelize(model, own, dtype or planned if reads else dtype)
+    except BaseException:
+        own.close()
+        raise
+    weakref.finalize(result, own.close)
+    return result
+
+
+def _parallelize(model: nn.Module | str | Path, mesh: Mesh, dtype: torch.dtype | None) -> nn.Module:
     _check_mesh(mesh)
     if not isinstance(model, nn.Module):
         with open_tensors(model) as tensors:
-            skeleton = _skeleton(Path(model).expanduser(), tensors, dtype)
+            skeleton = skeleton_of(Path(model).expanduser(), tensors, dtype)
             _replace(skeleton, _changes(skeleton, mesh.tp), tensors)
-            _read_the_rest(skeleton, tensors)
+            read_the_rest(skeleton, tensors)
         return _for_inference(skeleton)
     if dtype is not None:
         raise UsageError("dtype is for a model that is read; convert this one with model.to(dtype)")
@@ -366,34 +393,3 @@ def _for_inference(model: nn.Module) -> nn.Module:
 
     model.save_pretrained = save_pretrained
     return model.eval().requires_grad_(False)
-
-
-def _skeleton(path: Path, tensors: StoredTensors, dtype: torch.dtype | None) -> nn.Module:
-    """The model without weights, on the meta device."""
-    try:
-        from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-    except ImportError as error:
-        raise UsageError(
-            f"a directory is read with transformers: pip install transformers ({error})"
-        ) from None
-    if read_json(path / "config.json").get("quantization_config"):
-        raise UsageError(f"{path} has quantised weights, which parallelize does not read")
-    config = AutoConfig.from_pretrained(path)
-    dtype = dtype or config.dtype or tensors.dtype(tensors.names()[0])
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    if (path / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(path)
-    for name, module in list(model.named_modules()):
-        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-            # What is computed from the configuration, such as rotary frequencies.
-            model.set_submodule(name, type(module)(config=model.config))
-    return model
-
-
-def _read_the_rest(model: nn.Module, tensors: StoredTensors) -> None:
-    """Reads the parameters that every rank keeps whole."""
-    for name, parameter in list(model.named_parameters()):
-        parent, _, child = name.rpartition(".")
-        whole = tensors.read(name, dtype=parameter.dtype)
-        setattr(model.get_submodule(parent), child, nn.Parameter(whole, requires_grad=False))

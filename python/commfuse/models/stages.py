@@ -35,6 +35,23 @@ class Stage:
         return self.index == self.count - 1
 
 
+@dataclass(frozen=True)
+class StageCosts:
+    """What the parts of a model cost in a decoding pass, nanoseconds.
+
+    Integers, so that all ranks cut alike by the same ones.
+
+    Attributes:
+        embedding_ns: of the first stage.
+        layer_ns: of each layer.
+        head_ns: of the last stage, the drawing of tokens included.
+    """
+
+    embedding_ns: int
+    layer_ns: int
+    head_ns: int
+
+
 def layer_weights(config: ModelConfig) -> int:
     """Elements of the matrices of a layer: what a decoding step reads of it."""
     heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
@@ -42,17 +59,31 @@ def layer_weights(config: ModelConfig) -> int:
     return attention + 3 * config.hidden_size * config.intermediate_size
 
 
-def cut_stages(config: ModelConfig, pp: int, split: Sequence[int] | None = None) -> list[Stage]:
-    """Cuts a model into stages of about the same cost, or as asked for.
+def estimate_costs(config: ModelConfig) -> StageCosts:
+    """Costs in proportion to the weights that a decoding step reads; of the embedding, almost none.
 
-    A decoding step takes as long as the weights that it reads. The cost is estimated so: a layer's
-    and the head's by their elements; the embedding, of which a step reads a row a token, costs
-    nothing.
+    Not in nanoseconds: a unit is the time that it takes to read an element.
+    """
+    return StageCosts(0, layer_weights(config), config.vocab_size * config.hidden_size)
+
+
+def cut_stages(
+    config: ModelConfig,
+    pp: int,
+    split: Sequence[int] | None = None,
+    *,
+    costs: StageCosts | None = None,
+) -> list[Stage]:
+    """Cuts a model so that the costliest stage costs as little as can be, or as asked for.
+
+    All ranks must be given the same.
 
     Args:
         config: of the model.
         pp: stages.
         split: layers of each stage; None: by cost.
+        costs: as :func:`~commfuse.models.stage_costs.measure_costs` finds them; None:
+            :func:`estimate_costs`.
 
     Raises:
         UsageError: more stages than layers, or a split that does not add up; the message says what
@@ -67,7 +98,8 @@ def cut_stages(config: ModelConfig, pp: int, split: Sequence[int] | None = None)
             f"{pp} pipeline stages are impossible for a model with {config.num_layers} layers: "
             f"every stage needs one at least; use 1 to {config.num_layers}"
         )
-    counts = list(split) if split is not None else _counts(config, pp)
+    costs = costs or estimate_costs(config)
+    counts = list(split) if split is not None else _counts(config.num_layers, pp, costs)
     if len(counts) != pp or min(counts) < 1 or sum(counts) != config.num_layers:
         raise UsageError(
             f"the split {', '.join(map(str, counts))} does not cut {config.num_layers} layers into "
@@ -77,14 +109,15 @@ def cut_stages(config: ModelConfig, pp: int, split: Sequence[int] | None = None)
     return [Stage(index, pp, Span(begins[index], begins[index + 1])) for index in range(pp)]
 
 
-def _counts(config: ModelConfig, pp: int) -> list[int]:
-    layer, head = layer_weights(config), config.vocab_size * config.hidden_size
-    counts = [1] * pp
-    loads = [layer] * (pp - 1) + [layer + head]
-    for _ in range(config.num_layers - pp):
+def _counts(layers: int, pp: int, costs: StageCosts) -> list[int]:
+    counts, loads = [1] * pp, [costs.layer_ns] * pp
+    loads[0] += costs.embedding_ns
+    loads[-1] += costs.head_ns
+    for _ in range(layers - pp):
+        # As layers cost the same, this is the best cut, not only a good one.
         lightest = min(range(pp), key=lambda stage: loads[stage])
         counts[lightest] += 1
-        loads[lightest] += layer
+        loads[lightest] += costs.layer_ns
     return counts
 
 

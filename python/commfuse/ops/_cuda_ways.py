@@ -48,6 +48,8 @@ def matmul_all_reduce_way(comm: Communicator, query: Query) -> str:
     rows = f"fused from {table.fused_from_rows} to {table.fused_to_rows} rows"
     if table.fused_from_rows > table.fused_to_rows:
         rows = "never fused"
+    if table.claimed_percent:
+        rows += f", {table.claimed_percent}% of its tiles claimed"
     if comm._native.sends_tiles(query.dtype == torch.float32, m, n):
         return f"fused, tiles sent while the GEMM computes ({rows}: {comm.table_source})"
     reason = "float32 is not fused" if query.dtype == torch.float32 else rows

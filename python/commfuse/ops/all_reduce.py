@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from commfuse.ops._cuda_ways import all_reduce_way
+from commfuse.ops._hierarchical import SUMS, hierarchical_obstacle
 from commfuse.ops._registry import (
     Backend,
     Op,
@@ -43,8 +44,12 @@ def _native(x: torch.Tensor, comm: Communicator, in_place: bool) -> torch.Tensor
     return x
 
 
-def _torch(x: torch.Tensor, comm: Communicator, in_place: bool) -> torch.Tensor:
-    return comm.torch_all_reduce(x if in_place else x.clone())
+def _by(name: str):
+    def run(x: torch.Tensor, comm: Communicator, in_place: bool) -> torch.Tensor:
+        total = SUMS[name](comm, x if in_place else x.clone())
+        return total if total is x or not in_place else x.copy_(total)
+
+    return run
 
 
 # Of both all_reduce and all_reduce_.
@@ -54,7 +59,8 @@ OP = Op(
         Backend("cpu", _native, cpu_obstacle),
         Backend("cuda", _native, cuda_obstacle, way=all_reduce_way),
         Backend("triton", all_reduce_triton, triton_obstacle, automatic=False),
-        Backend("torch", _torch, torch_obstacle),
+        Backend("hierarchical", _by("hierarchical"), hierarchical_obstacle),
+        Backend("torch", _by("torch"), torch_obstacle),
     ),
 )
 
@@ -69,7 +75,8 @@ def all_reduce(x: torch.Tensor, comm: Communicator, backend: str = "auto") -> to
     Args:
         x: any shape, contiguous; bfloat16, float16 or float32. Equal shape and dtype on all ranks.
         comm: every rank must call.
-        backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"torch"`` (torch.distributed:
+        backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"``, ``"hierarchical"`` (ranks on
+            several hosts: within each, across, within each) or ``"torch"`` (torch.distributed:
             equality across ranks only).
 
     Returns:

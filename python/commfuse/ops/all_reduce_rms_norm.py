@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from commfuse.ops._cuda_ways import all_reduce_rms_norm_way
+from commfuse.ops._hierarchical import SUMS, hierarchical_obstacle
 from commfuse.ops._registry import (
     Backend,
     Op,
@@ -46,11 +47,14 @@ def _native(x, residual, weight, eps, comm):
     return _all_reduce_rms_norm(x, residual, weight, eps, comm.handle)
 
 
-def _torch(x, residual, weight, eps, comm):
-    total = comm.torch_all_reduce(x.clone())
-    if residual is not None:
-        total += residual
-    return F.rms_norm(total, weight.shape, weight, eps), total
+def _by(name: str):
+    def run(x, residual, weight, eps, comm):
+        total = SUMS[name](comm, x.clone())
+        if residual is not None:
+            total += residual
+        return F.rms_norm(total, weight.shape, weight, eps), total
+
+    return run
 
 
 OP = Op(
@@ -59,7 +63,8 @@ OP = Op(
         Backend("cpu", _native, cpu_obstacle),
         Backend("cuda", _native, cuda_obstacle, way=all_reduce_rms_norm_way),
         Backend("triton", all_reduce_rms_norm_triton, triton_obstacle, automatic=False),
-        Backend("torch", _torch, torch_obstacle),
+        Backend("hierarchical", _by("hierarchical"), hierarchical_obstacle),
+        Backend("torch", _by("torch"), torch_obstacle),
     ),
 )
 
@@ -83,7 +88,7 @@ def all_reduce_rms_norm(
         weight: [hidden].
         eps: added to the mean square.
         comm: every rank must call.
-        backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"torch"``.
+        backend: as for :func:`~commfuse.ops.all_reduce`.
 
     Returns:
         (y, residual'), both [rows, hidden], the same bits on every rank.

@@ -174,7 +174,8 @@ def matmul(
     Args:
         x: [rows, k], contiguous; bfloat16, float16 or float32.
         w: on the CPU a :class:`PackedWeight`, or a tensor [n, k] for torch's own GEMM; on a GPU a
-            tensor [n, k].
+            tensor [n, k], which may be read before the kernel in front of this one has ended: a
+            kernel of another library that writes it must not be that one (``docs/kernels.md``).
         bias: [n] in packed order, or None.
         float32_out: return the float32 sums instead of rounding them to ``x``'s dtype.
         backend: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"torch"``. ``"cuda"`` has a kernel for

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from commfuse.ops._cuda_ways import matmul_all_reduce_way
+from commfuse.ops._hierarchical import SUMS, hierarchical_obstacle
 from commfuse.ops._registry import (
     Backend,
     Op,
@@ -75,14 +76,17 @@ def _cuda(x, w, *rest):
     return _native(x, w, w.shape[0], *rest)
 
 
-def _torch(x, w, comm, bias, residual, norm_weight, eps):
-    total = comm.torch_all_reduce(matmul(x, w, backend="torch"))
-    for addend in (bias, residual):
-        if addend is not None:
-            total += addend
-    if norm_weight is None:
-        return total
-    return F.rms_norm(total, norm_weight.shape, norm_weight, eps), total
+def _by(name: str, gemm: str):
+    def run(x, w, comm, bias, residual, norm_weight, eps):
+        total = SUMS[name](comm, matmul(x, w, backend=gemm))
+        for addend in (bias, residual):
+            if addend is not None:
+                total += addend
+        if norm_weight is None:
+            return total
+        return F.rms_norm(total, norm_weight.shape, norm_weight, eps), total
+
+    return run
 
 
 OP = Op(
@@ -91,7 +95,8 @@ OP = Op(
         Backend("cpu", _cpu, cpu_obstacle),
         Backend("cuda", _cuda, cuda_obstacle, way=matmul_all_reduce_way),
         Backend("triton", matmul_all_reduce_triton, triton_obstacle, automatic=False),
-        Backend("torch", _torch, torch_obstacle),
+        Backend("hierarchical", _by("hierarchical", "auto"), hierarchical_obstacle),
+        Backend("torch", _by("torch", "torch"), torch_obstacle),
     ),
 )
 
@@ -117,12 +122,13 @@ def matmul_all_reduce(
         x: [rows, k of this rank], contiguous; bfloat16, float16 or float32. Ranks may differ in k.
         w: this rank's columns of the weight, [n, k]: a tensor on a GPU; on the CPU a
             :class:`~commfuse.ops.PackedWeight` (a tensor: torch's GEMM, then torch.distributed).
+            On a GPU it may be read early, as :func:`~commfuse.ops.matmul` says.
         comm: every rank must call.
         bias: [n], the whole bias, equal on all ranks; added once.
         residual: [rows, n], equal on all ranks.
         norm_weight: [n].
         eps: of RMSNorm.
-        backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"torch"``.
+        backend: as for :func:`~commfuse.ops.all_reduce`.
 
     Returns:
         [rows, n]; with ``norm_weight`` the pair (normalised, residual'), [rows, n] each.

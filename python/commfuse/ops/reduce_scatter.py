@@ -8,6 +8,7 @@ import torch
 
 from commfuse import _extension
 from commfuse.errors import UsageError
+from commfuse.ops._hierarchical import SUMS, hierarchical_obstacle
 from commfuse.ops._registry import (
     Backend,
     Op,
@@ -48,10 +49,13 @@ def _native(x: torch.Tensor, comm: Communicator) -> torch.Tensor:
     return _reduce_scatter(x, comm.handle)
 
 
-def _torch(x: torch.Tensor, comm: Communicator) -> torch.Tensor:
-    rows = _rows_of_a_rank(x, comm.world_size)
-    # Not every process group can reduce and scatter: gloo sums up everything in any case.
-    return comm.torch_all_reduce(x.clone()).narrow(0, comm.rank * rows, rows)
+def _by(name: str):
+    def run(x: torch.Tensor, comm: Communicator) -> torch.Tensor:
+        rows = _rows_of_a_rank(x, comm.world_size)
+        # Not every process group can reduce and scatter: gloo sums up everything in any case.
+        return SUMS[name](comm, x.clone()).narrow(0, comm.rank * rows, rows)
+
+    return run
 
 
 OP = Op(
@@ -59,7 +63,8 @@ OP = Op(
     (
         Backend("cpu", _native, cpu_obstacle),
         Backend("cuda", _native, cuda_obstacle),
-        Backend("torch", _torch, torch_obstacle),
+        Backend("hierarchical", _by("hierarchical"), hierarchical_obstacle),
+        Backend("torch", _by("torch"), torch_obstacle),
     ),
 )
 
@@ -73,8 +78,8 @@ def reduce_scatter(x: torch.Tensor, comm: Communicator, backend: str = "auto") -
     Args:
         x: [W·m, …], contiguous; bfloat16, float16 or float32. Equal shape and dtype on all ranks.
         comm: of W ranks; every rank must call.
-        backend: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"torch"`` (torch.distributed: an all-reduce,
-            of which the rank's rows are kept).
+        backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"hierarchical"`` or ``"torch"`` (the last two:
+            their all-reduce, of which the rank's rows are kept).
 
     Returns:
         [m, …]: rows rank·m to (rank + 1)·m of the sum.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from commfuse.errors import UsageError
+from commfuse.ops._hierarchical import hierarchical_obstacle
 from commfuse.ops._registry import (
     Backend,
     Op,
@@ -127,8 +128,8 @@ def _cpu(x, residual, blocks, caches, placement, comm, read_next, first_norm, so
     return x, residual
 
 
-def _in_turn(backend: str):
-    """The five ops of each block; ``backend`` is that of all but attention."""
+def _in_turn(backend: str, gemm: str):
+    """The five ops of each block; ``gemm`` is the backend of GEMMs without a sum."""
 
     def run(x, residual, blocks, caches, placement, comm, read_next, first_norm, source, target):
         for number, (w, cache) in enumerate(zip(blocks, caches, strict=True)):
@@ -138,7 +139,7 @@ def _in_turn(backend: str):
                     norm_weight=first_norm, eps=w.eps,
                 )  # fmt: skip
             else:
-                qkv = matmul(x, w.qkv, w.qkv_bias, backend=backend)
+                qkv = matmul(x, w.qkv, w.qkv_bias, backend=gemm)
             heads = attention(
                 qkv, cache, placement.rotary, placement.sequences, placement.positions, w.heads,
                 (w.q_norm, w.k_norm), w.eps, span=placement.span,
@@ -148,7 +149,7 @@ def _in_turn(backend: str):
                 norm_weight=w.middle_norm, eps=w.eps, backend=backend,
             )  # fmt: skip
             x, residual = matmul_all_reduce(
-                gated_matmul(x, w.gate_up, w.gate_up_bias, backend=backend), w.down, comm,
+                gated_matmul(x, w.gate_up, w.gate_up_bias, backend=gemm), w.down, comm,
                 bias=w.down_bias, residual=residual, norm_weight=w.next_norm, eps=w.eps,
                 backend=backend,
             )  # fmt: skip
@@ -164,8 +165,9 @@ OP = Op(
     "transformer_blocks",
     (
         Backend("cpu", _cpu, cpu_obstacle),
-        Backend("cuda", _in_turn("cuda"), cuda_obstacle),
-        Backend("torch", _in_turn("torch"), torch_obstacle),
+        Backend("hierarchical", _in_turn("hierarchical", "auto"), hierarchical_obstacle),
+        Backend("cuda", _in_turn("cuda", "cuda"), cuda_obstacle),
+        Backend("torch", _in_turn("torch", "torch"), torch_obstacle),
     ),
 )
 
@@ -207,8 +209,8 @@ def transformer_blocks(
         first_norm: [hidden], RMSNorm in front of the first block, with ``source``.
         source: a channel that brings the residual from the stage before.
         target: a channel that takes the residual to the next stage.
-        backend: ``"auto"``, ``"cpu"``, or ``"cuda"`` or ``"torch"``: the five ops, with this
-            backend, in turn.
+        backend: ``"auto"``, ``"cpu"``, or ``"cuda"``, ``"hierarchical"`` or ``"torch"``: the five
+            ops, with this backend, in turn.
 
     Returns:
         (RMSNorm(residual') · next_norm of the last block, residual'), [tokens, hidden] each; with

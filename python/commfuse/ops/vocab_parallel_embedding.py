@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from commfuse.ops._hierarchical import hierarchical_obstacle
 from commfuse.ops._registry import (
     Backend,
     Op,
@@ -62,6 +63,7 @@ OP = Op(
     (
         Backend("cpu", _with_backend("cpu"), cpu_obstacle),
         Backend("cuda", _with_backend("cuda"), cuda_obstacle),
+        Backend("hierarchical", _with_backend("hierarchical"), hierarchical_obstacle),
         Backend("torch", _with_backend("torch"), torch_obstacle),
     ),
 )
@@ -86,7 +88,7 @@ def vocab_parallel_embedding(
         comm: every rank must call.
         norm_weight: [hidden], of an RMSNorm behind the embedding.
         eps: of RMSNorm.
-        backend: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"torch"``.
+        backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"hierarchical"`` or ``"torch"``.
 
     Returns:
         [rows, hidden], equal on all ranks, zero for ids that no rank holds; with ``norm_weight``

@@ -71,8 +71,9 @@ PRIOR = Calibration()  # what one would say without a measurement: fits are draw
 
 @dataclass(frozen=True)
 class Errors:
-    """Relative errors of predictions on rows that were not fitted: half of them are below
-    ``median``, four in five below ``p80``."""
+    """Errors of predictions on rows that were not fitted. Half of the relative errors are below
+    ``median``; four in five measurements are at most ``1 + p80`` times the prediction, and at least
+    that part of it."""
 
     median: float
     p80: float

@@ -7,16 +7,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from commfuse.planner.uncertainty import Range
+
 WIDTH, HEIGHT = 720, 320
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 24, 16, 44
 
 
 @dataclass(frozen=True)
 class Dot:
-    """A point of a curve: where it is, what is written when pointed at, whether it stands out."""
+    """A point of a curve.
 
-    x: float
-    y: float
+    Attributes:
+        x, y: where it is, and between what it lies.
+        title: what is written when pointed at.
+        marked: whether it stands out.
+    """
+
+    x: Range
+    y: Range
     title: str
     marked: bool = False
 
@@ -35,42 +43,53 @@ def curve(
     y_name: str,
     label: str,
     ideal: bool = False,
-    line: bool = True,
 ) -> str:
-    """A curve from the origin of both axes.
+    """A curve from the origin of both axes, in a band as wide as its error.
 
     Args:
         dots: ascending in x.
         x_name, y_name: of the axes.
         label: for those who do not see it.
         ideal: whether to draw the line on which y grows as x does from the first dot.
-        line: whether the dots are joined.
     """
-    x_ticks, y_ticks = _ticks(max(d.x for d in dots)), _ticks(max(d.y for d in dots))
+    x_ticks, y_ticks = _ticks(max(d.x.value for d in dots)), _ticks(max(d.y.high for d in dots))
 
     def at(x: float, y: float) -> tuple[float, float]:
         across = _LEFT + x / x_ticks[-1] * (WIDTH - _LEFT - _RIGHT)
         return across, HEIGHT - _BOTTOM - y / y_ticks[-1] * (HEIGHT - _TOP - _BOTTOM)
 
     parts = [_axes(at, x_ticks, y_ticks, x_name, y_name)]
+    edge = [at(d.x.value, d.y.high) for d in dots]
+    edge += [at(d.x.value, d.y.low) for d in reversed(dots)]
+    parts.append(f'<polygon class="band" points="{_points(edge)}"/>')
     if ideal:
-        slope = dots[0].y / dots[0].x
+        x, y = dots[0].x.value, dots[0].y.value
+        slope = y / x
         end = min(x_ticks[-1], y_ticks[-1] / slope)
-        (x0, y0), (x1, y1) = at(dots[0].x, dots[0].y), at(end, end * slope)
+        (x0, y0), (x1, y1) = at(x, y), at(end, end * slope)
         parts.append(
             f'<line class="ideal" x1="{x0:.1f}" y1="{y0:.1f}" x2="{x1:.1f}" y2="{y1:.1f}"/>'
         )
-    points = " ".join("{:.1f},{:.1f}".format(*at(d.x, d.y)) for d in dots)
-    if line:
-        parts.append(f'<polyline class="curve" points="{points}"/>')
+    line = _points([at(d.x.value, d.y.value) for d in dots])
+    parts.append(f'<polyline class="curve" points="{line}"/>')
     for dot in dots:
-        x, y = at(dot.x, dot.y)
+        x, y = at(dot.x.value, dot.y.value)
+        (left, low), (right, high) = at(dot.x.low, dot.y.low), at(dot.x.high, dot.y.high)
+        right = min(right, WIDTH - 1.0)
+        parts.append(
+            f'<path class="whisker" d="M{x:.1f} {low:.1f}V{high:.1f}'
+            f'M{left:.1f} {y:.1f}H{right:.1f}"/>'
+        )
         kind, radius = ("dot marked", 7) if dot.marked else ("dot", 4)
         parts.append(
             f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}">'
             f"<title>{escape(dot.title)}</title></circle>"
         )
     return _svg(parts, HEIGHT, label)
+
+
+def _points(found: Sequence[tuple[float, float]]) -> str:
+    return " ".join(f"{x:.1f},{y:.1f}" for x, y in found)
 
 
 def _axes(at, x_ticks: list[float], y_ticks: list[float], x_name: str, y_name: str) -> str:
@@ -94,21 +113,21 @@ def _axes(at, x_ticks: list[float], y_ticks: list[float], x_name: str, y_name: s
 
 
 def stacked_bars(
-    bars: Sequence[tuple[str, Sequence[tuple[str, float]]]], unit: str, label: str
+    bars: Sequence[tuple[str, Range, Sequence[tuple[str, float]]]], unit: str, label: str
 ) -> str:
-    """Horizontal bars, a row for each.
+    """Horizontal bars, a row for each, with a whisker for the error of the sum.
 
     Args:
-        bars: (name, parts) of each; a part is (kind, value). A kind's colour is that of the CSS
-            class ``part-KIND``.
+        bars: (name, sum, parts) of each; a part is (kind, value). A kind's colour is that of the
+            CSS class ``part-KIND``.
         unit: of the values.
         label: for those who do not see it.
     """
-    row, left = 34, 190
-    most = max(sum(value for _, value in parts) for _, parts in bars)
-    scale = (WIDTH - left - 90) / most
+    row, left = 34, 150
+    most = max(total.high for _, total, _ in bars)
+    scale = (WIDTH - left - 150) / most
     drawn = []
-    for number, (name, parts) in enumerate(bars):
+    for number, (name, total, parts) in enumerate(bars):
         y, x = number * row + 6, float(left)
         drawn.append(f'<text class="y" x="{left - 10}" y="{y + 15}">{escape(name)}</text>')
         for kind, value in parts:
@@ -120,8 +139,9 @@ def stacked_bars(
                 f'height="22"><title>{title}</title></rect>'
             )
             x += value * scale
-        total = sum(value for _, value in parts)
-        drawn.append(f'<text x="{x + 6:.1f}" y="{y + 15}">{total:.3g} {unit}</text>')
+        low, high = left + total.low * scale, left + total.high * scale
+        drawn.append(f'<path class="whisker" d="M{low:.1f} {y + 11}H{high:.1f}"/>')
+        drawn.append(f'<text x="{high + 8:.1f}" y="{y + 15}">{total} {unit}</text>')
     return _svg(drawn, row * len(bars) + 8, label)
 
 

@@ -24,6 +24,7 @@ _ALIASES = {
     "rtx4090": "rtx-4090",
     "3090": "rtx-3090",
     "rtx3090": "rtx-3090",
+    "rtx-pro-6000-server": "rtx-pro-6000",
 }
 
 

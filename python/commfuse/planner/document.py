@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import functools
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from commfuse.errors import UsageError
+from commfuse.models.run_plan import VERSION, RunPlan
 from commfuse.planner.calibration import origin
 from commfuse.planner.explanation import explain
+from commfuse.planner.layout import stage_layers
+from commfuse.planner.model import GEMMS, SUMMED
 from commfuse.planner.plan import Plan
 from commfuse.planner.search import Candidate
-from commfuse.planner.uncertainty import spread
+from commfuse.planner.uncertainty import Range, around
 
-VERSION = 1
 _SCHEMA = Path(__file__).parent / "data" / "plan.schema.json"
 DEFINITIONS = {
     "ttft_ms": "from a request's arrival to its first token, waiting included; mean",
     "tpot_ms": "(last token - first token) / (output tokens - 1), prefills of others in between "
     "included; mean",
     "tokens_per_second": "output tokens of all requests per second while there is always a next",
+    "low, high": "four in five measurements lie between them, see wider_errors; the parts of "
+    "per_token_ms are as uncertain as their sum, tpot_ms, and were not measured one by one",
 }
 
 
@@ -64,7 +68,11 @@ def document(plan: Plan) -> dict[str, Any]:
         "refused": [{"layout": _layout(r.layout), "reason": r.reason} for r in plan.refused],
         "pareto": [_candidate(plan, c) for c in plan.front],
         "scaling": [
-            {"devices": p.devices, "speed": p.speed, "layout": _layout(p.best.layout)}
+            {
+                "devices": p.devices,
+                "speed": _figure(plan.speeds(p.best)),
+                "layout": _layout(p.best.layout),
+            }
             for p in plan.curve
         ],
         "sweet_spot": {
@@ -72,7 +80,7 @@ def document(plan: Plan) -> dict[str, Any]:
             "layout": _layout(plan.sweet_spot.best.layout),
         },
         "fewest_devices": _layout(plan.fewest),
-        "run": run_options(plan),
+        "run": asdict(run_plan(plan)),
         "explanation": explain(plan),
         "calibration": origin(),
     }
@@ -83,22 +91,21 @@ def does_not_fit(message: str) -> dict[str, Any]:
     return {"version": VERSION, "status": "does not fit", "message": message}
 
 
-def run_options(plan: Plan) -> dict[str, Any]:
+def run_plan(plan: Plan) -> RunPlan:
     """What ``commfuse generate --plan`` and ``parallelize`` take from it."""
     best = plan.best
     speculation = best.service.speculation
-    drafts = speculation.drafts if speculation else 0
-    return {
-        "tp": best.layout.tp,
-        "pp": best.layout.pp,
-        "replicas": best.layout.replicas,
-        "micro_batches": best.service.groups,
-        "prefill_chunk": best.chunk,
-        "fused": best.fused,
-        "draft_tokens": drafts,
-        "weights": plan.question.precision.weights,
-        "kv": plan.question.precision.kv,
-    }
+    return RunPlan(
+        tp=best.layout.tp,
+        pp=best.layout.pp,
+        replicas=best.layout.replicas,
+        micro_batches=best.service.groups,
+        prefill_chunk=best.chunk,
+        fused=best.fused,
+        draft_tokens=speculation.drafts if speculation else 0,
+        weights=plan.question.precision.weights,
+        kv=plan.question.precision.kv,
+    )
 
 
 def _question(plan: Plan) -> dict[str, Any]:
@@ -128,22 +135,45 @@ def _layout(layout) -> dict[str, int]:
     }
 
 
+def _layer(plan: Plan, candidate: Candidate) -> dict[str, Any]:
+    """What the most loaded rank computes and exchanges for each layer, and between stages."""
+    model, layout = plan.question.model, candidate.layout
+    row = model.hidden_size * 2.0
+    return {
+        "layers_of_stages": list(stage_layers(model, layout.pp, plan.question.precision.weights)),
+        "gemms": [
+            {"name": name, "k": k, "n": n}
+            for name, (k, n) in zip(GEMMS, model.gemms(layout.tp), strict=True)
+        ],
+        "all_reduces": [
+            {"behind": GEMMS[index], "ranks": layout.tp, "bytes_per_token": row}
+            for index in (SUMMED if layout.tp > 1 else ())
+        ],
+        "sent_bytes_per_token": row / layout.tp if layout.pp > 1 else 0.0,
+    }
+
+
+def _figure(found: Range) -> dict[str, float]:
+    return found._asdict()
+
+
 def _candidate(plan: Plan, candidate: Candidate) -> dict[str, Any]:
     service = candidate.service
-    off = spread(plan.question.cluster, candidate.layout)
+    off = plan.spread(candidate)
     memory, speculation = service.memory, service.speculation
     return {
         "layout": _layout(candidate.layout),
+        "layer": _layer(plan, candidate),
         "prefill_chunk": candidate.chunk,
         "fused": candidate.fused,
         "requests": service.requests,
         "running": service.running,
         "micro_batches": service.groups,
         "idle": service.idle,
-        "ttft_ms": {"value": service.ttft * 1e3, "relative_error": off.ttft},
-        "tpot_ms": {"value": service.tpot * 1e3, "relative_error": off.tpot},
-        "tokens_per_second": {"value": service.throughput, "relative_error": off.throughput},
-        "dollars_per_million_tokens": candidate.dollars,
+        "ttft_ms": _figure(around(service.ttft * 1e3, off.ttft)),
+        "tpot_ms": _figure(around(service.tpot * 1e3, off.tpot)),
+        "tokens_per_second": _figure(around(service.throughput, off.throughput)),
+        "dollars_per_million_tokens": _figure(around(candidate.dollars, off.throughput)),
         "wider_errors": list(off.reasons),
         "memory": {
             "usable_bytes": memory.usable,
@@ -151,8 +181,8 @@ def _candidate(plan: Plan, candidate: Candidate) -> dict[str, Any]:
             "activations_bytes": memory.activations,
             "workspace_bytes": memory.workspace,
             "kv_bytes_per_token": memory.kv_per_token,
-            "kv_tokens": memory.kv_tokens,
-            "relative_error": off.memory,
+            "filled_bytes": _figure(around(memory.usable - memory.room, off.memory)),
+            "kv_tokens": _figure(off.kv_tokens(memory)),
         },
         "per_token_ms": {name: value * 1e3 for name, value in service.per_token.as_dict().items()},
         "first_token_ms": {
@@ -163,26 +193,7 @@ def _candidate(plan: Plan, candidate: Candidate) -> dict[str, Any]:
         else {
             "draft_tokens": speculation.drafts,
             "tokens_per_step": speculation.tokens,
-            "speedup": speculation.speedup,
+            "speedup": _figure(around(speculation.speedup, off.ratio)),
             "break_even_acceptance": speculation.break_even,
         },
     }
-
-
-def read_run_options(path: Path) -> dict[str, Any]:
-    """The ``run`` part of a file that ``commfuse plan --json`` wrote.
-
-    Raises:
-        UsageError: no such file, another version, or a plan in which nothing fits.
-    """
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UsageError(f"--plan {path}: {error}") from None
-    if not isinstance(content, dict) or content.get("version") != VERSION:
-        raise UsageError(
-            f"--plan {path}: not a plan of version {VERSION}; write it with plan --json"
-        )
-    if content.get("status") != "ok" or not isinstance(content.get("run"), dict):
-        raise UsageError(f"--plan {path}: nothing fits in this plan")
-    return content["run"]

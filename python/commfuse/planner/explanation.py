@@ -9,6 +9,7 @@ from commfuse.planner.plan import Plan, Point
 from commfuse.planner.search import Candidate
 from commfuse.planner.speculation import Acceptance, speculate
 from commfuse.planner.step import FUSED_ROWS, Terms
+from commfuse.planner.uncertainty import around
 
 NAMES = {
     "weights": "reading weights",
@@ -47,8 +48,10 @@ def explain(plan: Plan) -> list[str]:
 def _verdict(plan: Plan) -> str:
     best, question = plan.best, plan.question
     layout, count = best.layout, question.cluster.count
+    off = plan.spread(best)
     what = (
-        f"{figure(best.service.tpot * MS)} ms per token, {figure(best.service.throughput)} tokens/s"
+        f"{around(best.service.tpot * MS, off.tpot)} ms per token, "
+        f"{around(best.service.throughput, off.throughput)} tokens/s"
     )
     if layout.tp == layout.pp == 1:
         if layout.replicas == 1:
@@ -85,13 +88,12 @@ def _wall(plan: Plan) -> str:
         return ""
     later = [point for point in curve if point.devices > spot.devices]
     first = curve[0]
-    gained = spot.speed / first.speed
     if not later:
         if spot.devices == first.devices:
             return ""
         return (
-            f"No wall up to {spot.devices} devices: {gained:.3g} times the speed of "
-            f"{_devices(first.devices)}."
+            f"No wall up to {spot.devices} devices: {plan.ratio(spot.best, first.best)} times the "
+            f"speed of {_devices(first.devices)}."
         )
     most = max(later, key=lambda point: point.speed)
     change = most.speed / spot.speed
@@ -99,8 +101,9 @@ def _wall(plan: Plan) -> str:
     if change <= 1.0:
         return head + f"The wall stands behind it: nothing on more is faster. {_why(spot, most)}"
     return head + (
-        f"Beyond it, {most.devices} devices ({most.best.layout}) bring {change - 1:.1%} more speed "
-        f"for {most.devices / spot.devices:.3g} times the devices. {_why(spot, most)}"
+        f"Beyond it, {most.devices} devices ({most.best.layout}) bring "
+        f"{plan.ratio(most.best, spot.best)} times the speed for "
+        f"{most.devices / spot.devices:.3g} times the devices. {_why(spot, most)}"
     )
 
 
@@ -176,7 +179,7 @@ def _memory(plan: Plan) -> str:
     weights = question.model.weight_bytes(question.precision.weights) / 1e9
     text = (
         f"Memory: {weights:.0f} GB of weights in all, {memory.weights / 1e9:.1f} GB on the fullest "
-        f"device, which leaves room for {memory.kv_tokens:,} tokens of KV cache in a replica."
+        f"device, which leaves room for {_room(plan, best)} tokens of KV cache in a replica."
     )
     if fewest.devices == 1:
         return text
@@ -189,11 +192,15 @@ def _memory(plan: Plan) -> str:
         part = next((p for p in plan.curve if p.devices == fewest.devices), None)
         text += f"; hosts come with {host}, so people buy {hosts * host}"
         if whole and part:
-            text += f", which are {whole.speed / part.speed:.2g} times as fast"
-            text += (
-                f" ({whole.best.layout}, {whole.best.service.memory.kv_tokens:,} tokens of room)"
-            )
+            text += f", which are {plan.ratio(whole.best, part.best)} times as fast"
+            text += f" ({whole.best.layout}, {_room(plan, whole.best)} tokens of room)"
     return text + "."
+
+
+def _room(plan: Plan, candidate: Candidate) -> str:
+    """Tokens of KV cache, in words."""
+    found = plan.spread(candidate).kv_tokens(candidate.service.memory)
+    return f"{found.value:,} ({figure(found.low)} to {figure(found.high)})"
 
 
 def _fusion(plan: Plan) -> str:
@@ -225,13 +232,15 @@ def _speculation(plan: Plan) -> str:
     service, layout = best.service, best.layout.single
     each = service.running / best.layout.replicas
     context = question.work.context
+    off = plan.spread(best)
     if question.acceptance is None:
         found = speculate(plan.search.setting, layout, each, context, Acceptance(rate=0.7), 4)
         if found.break_even >= 1:
             return "Speculation cannot pay here: verifying 4 drafts costs more than 5 plain steps."
         return (
             f"Speculation with 4 n-gram drafts pays if more than {found.break_even:.0%} of them "
-            f"are accepted; at 70% it would be {found.speedup:.2g} times as fast (--acceptance)."
+            f"are accepted; at 70% it would be {around(found.speedup, off.ratio)} times as fast "
+            "(--acceptance)."
         )
     if service.speculation is None:
         one = speculate(plan.search.setting, layout, each, context, question.acceptance, 1)
@@ -242,5 +251,6 @@ def _speculation(plan: Plan) -> str:
     found = service.speculation
     return (
         f"Speculate with {found.drafts} drafts: {found.tokens:.3g} tokens a step, "
-        f"{found.speedup:.3g} times as fast; it pays from {found.break_even:.0%} acceptance on."
+        f"{around(found.speedup, off.ratio)} times as fast; it pays from {found.break_even:.0%} "
+        "acceptance on."
     )

@@ -79,24 +79,23 @@ def stages(
 
 @functools.lru_cache(maxsize=4096)
 def stage_layers(model: Model, pp: int, dtype: str = "bf16") -> tuple[int, ...]:
-    """Layers of each stage; the embedding and the head count as the layers that they weigh.
+    """Layers of each stage, as the engine cuts them: by what a step reads, the head included.
+
+    The embedding counts nothing: a step reads a row of it for each token. Where it lies it takes
+    memory, see :func:`commfuse.planner.memory.memory_of`.
 
     Args:
         model: to be cut.
         pp: stages.
-        dtype: of the layers' weights; embedding and head have 16 bits.
+        dtype: of the layers' weights; the head has 16 bits.
 
     Example:
         >>> stage_layers(load_model("llama-3.1-405b"), 4)
-        (32, 31, 32, 31)
+        (32, 32, 31, 31)
     """
-    table = model.embedding_parameters * 2.0 / model.layer_parameters / WEIGHT_BYTES[dtype]
-    # The head is computed, the embedding only looked up; both take memory.
-    loads = [0.0] * pp
-    loads[0] += 0.5 * table
-    loads[-1] += table
-    counts = [0] * pp
-    for _ in range(model.num_layers):
+    counts, loads = [1] * pp, [1.0] * pp
+    loads[-1] += model.embedding_parameters * 2.0 / model.layer_parameters / WEIGHT_BYTES[dtype]
+    for _ in range(model.num_layers - pp):
         least = min(range(pp), key=lambda stage: loads[stage])
         counts[least] += 1
         loads[least] += 1

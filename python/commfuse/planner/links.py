@@ -77,7 +77,10 @@ class Link:
         if members == 1:
             return 0.0
         library = self._library_seconds(nbytes, members, port_share)
-        return min(library, self.kernel_seconds(nbytes, members)) if self.mapped else library
+        # A profile measures whatever is best: its curve is not for a formula to undercut.
+        if not self.mapped or (self.all_reduce and not self.small):
+            return library
+        return min(library, self.kernel_seconds(nbytes, members))
 
     def kernel_seconds(self, nbytes: float, members: int) -> float:
         """An all-reduce by a kernel that writes to its peers' memory: in one shot, or in two."""

@@ -17,8 +17,16 @@ ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "
 # 8-bit one for each group of 16 (fp4).
 WEIGHT_BYTES = {"bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "int4": 0.5 + 2 / 128, "fp4": 0.5 + 1 / 16}
 KV_BYTES = {"bf16": 2.0, "fp16": 2.0, "fp8": 1.0}
+GEMMS = ("qkv", "output", "gate_up", "down")  # of a layer, in order
+SUMMED = (1, 3)  # those of them that end in a sum over ranks
 VOCABULARY_BLOCK = 128  # shards of the vocabulary are cut at multiples of it
 _DATA = Path(__file__).parent / "data"
+# Repositories whose names do not say how large the model is.
+_WITHOUT_SIZE = {
+    "mistral-nemo-2407": "mistral-nemo-12b",
+    "mistral-large-2407": "mistral-large-123b",
+    "mistral-large-2411": "mistral-large-123b",
+}
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
 
 
@@ -95,10 +103,7 @@ class Model:
 
     @functools.cache  # noqa: B019
     def gemms(self, tp: int) -> tuple[tuple[int, int], ...]:
-        """(K, N) of the four GEMMs of a layer on the most loaded rank: qkv, o, gate/up, down.
-
-        The second and the fourth end in a sum over ranks.
-        """
+        """(K, N) of the four GEMMs of a layer on the most loaded rank, see :data:`GEMMS`."""
         shard = self.shard(tp)
         return (
             (self.hidden_size, (shard.heads + 2 * shard.kv_heads) * self.head_dim),
@@ -173,10 +178,13 @@ def preset_name(name: str) -> str:
         ('llama-3.1-8b', 'qwen3-32b')
     """
     short = name.rsplit("/", 1)[-1].lower().replace("_", "-").replace("meta-llama-", "llama-")
+    short = re.sub(r"^llama(?=\d)", "llama-", short)
     parts = [part for part in short.split("-") if part not in ("instruct", "hf", "chat", "base")]
-    while len(parts) > 2 and parts[-1] in ("fp8", "awq", "gptq", "int4", "w4a16", "fp4", "dynamic"):
-        parts.pop()
-    return "-".join(parts)
+    sizes = [index for index, part in enumerate(parts) if re.fullmatch(r"\d+(\.\d+)?[bm]", part)]
+    if sizes:  # behind the size there is a date, a version or how the weights were quantised
+        parts = parts[: sizes[0] + 1]
+    found = "-".join(parts)
+    return _WITHOUT_SIZE.get(found, found)
 
 
 def _read(path: Path) -> dict[str, Any]:

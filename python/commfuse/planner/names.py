@@ -9,7 +9,9 @@ from commfuse.errors import UsageError
 
 
 def choose(name: str, known: Iterable[str], given: str, kind: str, instead: str = "") -> str:
-    """The known name that is meant: itself, or the only one that it begins.
+    """The known name that is meant: itself, or the only one that goes on behind it with a dash.
+
+    An H20 is no H200, and an L40 no L40S.
 
     Args:
         name: normalised by the caller, lower case.
@@ -22,13 +24,13 @@ def choose(name: str, known: Iterable[str], given: str, kind: str, instead: str 
         UsageError: none or several; the closest are offered.
 
     Example:
-        >>> choose("b2", ["b200", "h200"], "--cluster 8:b2", "device")
-        'b200'
+        >>> choose("rtx-pro", ["rtx-pro-6000", "h200"], "--cluster 8:rtx-pro", "device")
+        'rtx-pro-6000'
     """
     known = sorted(known)
     if name in known:
         return name
-    begun = [candidate for candidate in known if candidate.startswith(name)] if name else []
+    begun = [candidate for candidate in known if candidate.startswith(f"{name}-")]
     if len(begun) == 1:
         return begun[0]
     close = begun or difflib.get_close_matches(name, known, n=4, cutoff=0.4) or known
@@ -36,13 +38,12 @@ def choose(name: str, known: Iterable[str], given: str, kind: str, instead: str 
     raise UsageError(text + (f" Or give {instead}." if instead else ""))
 
 
-def figure(value: float) -> str:
-    """A number with three significant digits, as people read it.
+def figure(value: float, digits: int = 3) -> str:
+    """A number with so many significant digits, as people read it.
 
     Example:
         >>> figure(42243.2), figure(46.06), figure(0.01234)
         ('42,200', '46.1', '0.0123')
     """
-    if abs(value) < 1000:
-        return f"{value:.3g}"
-    return f"{float(f'{value:.3g}'):,.0f}"
+    rounded = float(f"{value:.{digits}g}")
+    return f"{rounded:.{digits}g}" if abs(rounded) < 10**digits else f"{rounded:,.0f}"

@@ -12,7 +12,7 @@ from commfuse.planner.names import figure
 from commfuse.planner.plan import Plan
 from commfuse.planner.search import Candidate
 from commfuse.planner.table import TERMS
-from commfuse.planner.uncertainty import spread
+from commfuse.planner.uncertainty import Range, around, exactly
 
 BARS, ROWS = 8, 24
 _COLOURS = {
@@ -32,11 +32,13 @@ h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .3rem; } h2 { font-size: 
 svg { width: 100%; height: auto; display: block; } svg text { font-size: 12px; fill: var(--ink); }
 svg .y { text-anchor: end; } svg .x { text-anchor: middle; } svg .name { fill: var(--soft); }
 .grid { stroke: var(--line); } .curve { fill: none; stroke: var(--accent); stroke-width: 2.5; }
+.band { fill: var(--accent); opacity: .16; } .whisker { stroke: var(--ink); fill: none; }
 .ideal { stroke: var(--soft); stroke-dasharray: 4 5; } .dot { fill: var(--accent); }
 .marked { fill: var(--mark); } table { border-collapse: collapse; width: 100%; font-size: .88rem; }
 th, td { text-align: right; padding: .3rem .5rem; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child, td:last-child, th:last-child { text-align: left; }
-tr.best { font-weight: 600; } .legend span { display: inline-block; margin-right: 1rem;
+tr.best { font-weight: 600; } td { white-space: nowrap; } td small { display: block;
+  color: var(--soft); font-weight: 400; } .legend span { display: inline-block; margin-right: 1rem;
   font-size: .88rem; } .legend i { display: inline-block; width: .8em; height: .8em;
   border-radius: 2px; margin-right: .35em; } .scroll { overflow-x: auto; } li { margin: .3rem 0; }
 footer { color: var(--soft); font-size: .85rem; margin-top: 2.5rem; }
@@ -51,7 +53,7 @@ def page(plan: Plan) -> str:
     lead = (
         f"{question.model.name}, {question.precision.weights} weights, on "
         f"{question.cluster.count} x {question.cluster.device.title} ({question.cluster.name}); "
-        f"{requests} requests of "
+        f"{requests} request{'s' * (requests != 1)} of "
         f"{question.work.prompt} + {question.work.output} tokens; objective: {question.objective}"
     )
     parts = [
@@ -82,16 +84,16 @@ def _scaling(plan: Plan) -> str:
     unit = "tokens/s of a request" if per_request else "tokens/s of all requests"
     dots = [
         Dot(
-            point.devices,
-            point.speed,
-            f"{point.devices} devices, {point.best.layout}: {point.speed:.4g} tokens/s",
+            exactly(point.devices),
+            plan.speeds(point.best),
+            f"{point.devices} devices, {point.best.layout}: {plan.speeds(point.best)} tokens/s",
             point.devices == plan.sweet_spot.devices,
         )
         for point in plan.curve
     ]
     note = (
         "<p>Red: the sweet spot, behind which more devices do not pay. Dashed: speed that grows as "
-        "the number of devices does.</p>"
+        "the number of devices does. Light: within it four in five measurements lie.</p>"
     )
     return curve(dots, "devices", unit, "Speed over the number of devices", ideal=True) + note
 
@@ -100,32 +102,38 @@ def _bars(plan: Plan) -> str:
     bars = [
         (
             str(candidate.layout),
+            around(candidate.service.tpot * 1e3, plan.spread(candidate).tpot),
             [(n, v * 1e3) for n, v in candidate.service.per_token.as_dict().items()],
         )
         for candidate in plan.shown(BARS)
     ]
-    used = {name for _, parts in bars for name, value in parts if value > 0}
+    used = {name for _, _, parts in bars for name, value in parts if value > 0}
     legend = "".join(
         f'<span><i class="part-{name}"></i>{TERMS[name]}</span>'
         for name in _COLOURS
         if name in used
     )
-    return f'<p class="legend">{legend}</p>' + stacked_bars(bars, "ms", "Time per token by layout")
+    note = (
+        "<p>The line over a bar: the error of the sum, by measurements; the parts are the model's "
+        "and were not measured one by one.</p>"
+    )
+    drawn = stacked_bars(bars, "ms", "Time per token by layout")
+    return f'<p class="legend">{legend}</p>{drawn}{note}'
 
 
 def _front(plan: Plan) -> str:
     answer = plan.best.layout, plan.best.service.requests
-    dots = [
-        Dot(
-            c.service.tpot * 1e3,
-            c.service.throughput / c.layout.devices,
-            f"{c.layout}, {c.service.requests} requests: {c.service.tpot * 1e3:.3g} ms, "
-            f"{c.service.throughput:.4g} tokens/s",
-            (c.layout, c.service.requests) == answer,
-        )
-        for c in plan.front
-    ]
-    note = "<p>Layouts and loads that no other beats in both. Red: the answer, if it is one.</p>"
+    dots = []
+    for c in plan.front:
+        off, service = plan.spread(c), c.service
+        tpot = around(service.tpot * 1e3, off.tpot)
+        each = around(service.throughput / c.layout.devices, off.throughput)
+        title = f"{c.layout}, {service.requests} requests: {tpot} ms, {each} tokens/s and device"
+        dots.append(Dot(tpot, each, title, (c.layout, service.requests) == answer))
+    note = (
+        "<p>Layouts and loads that no other beats in both, with their errors. Red: the answer, if "
+        "it is one.</p>"
+    )
     return curve(dots, "TPOT, ms", "tokens/s and device", "Pareto front") + note
 
 
@@ -137,6 +145,7 @@ def _table(plan: Plan) -> str:
         "TTFT ms",
         "TPOT ms",
         "tokens/s",
+        "$/M",
         "KV tokens",
         "fused",
     )
@@ -144,7 +153,7 @@ def _table(plan: Plan) -> str:
     refused = sorted(plan.refused, key=lambda r: r.short)[:ROWS]
     rows += [
         f"<tr><td>{r.layout}</td><td>{r.layout.devices}</td>"
-        f'<td colspan="6">{escape(r.reason)}</td></tr>'
+        f'<td colspan="7">{escape(r.reason)}</td></tr>'
         for r in refused
     ]
     head = "".join(f"<th>{name}</th>" for name in heads)
@@ -152,19 +161,29 @@ def _table(plan: Plan) -> str:
 
 
 def _row(plan: Plan, candidate: Candidate) -> str:
-    service, off = candidate.service, spread(plan.question.cluster, candidate.layout)
+    service, off = candidate.service, plan.spread(candidate)
     cells = (
-        str(candidate.layout),
+        escape(str(candidate.layout)),
         str(candidate.layout.devices),
         str(service.requests),
-        f"{figure(service.ttft * 1e3)} ±{off.ttft:.0%}",
-        f"{figure(service.tpot * 1e3)} ±{off.tpot:.0%}",
-        f"{figure(service.throughput)} ±{off.throughput:.0%}",
-        f"{service.memory.kv_tokens:,}",
+        _ranged(around(service.ttft * 1e3, off.ttft)),
+        _ranged(around(service.tpot * 1e3, off.tpot)),
+        _ranged(around(service.throughput, off.throughput)),
+        _ranged(around(candidate.dollars, off.throughput)),
+        _ranged(off.kv_tokens(service.memory)),
         "yes" if candidate.fused else "no",
     )
     best = ' class="best"' if candidate is plan.best else ""
-    return f"<tr{best}>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
+    return f"<tr{best}>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+
+
+def _ranged(found: Range) -> str:
+    return f"{figure(found.value)}<small>{figure(found.low, 2)} to {figure(found.high, 2)}</small>"
+
+
+def _wider(plan: Plan) -> str:
+    reasons = plan.spread(plan.best).reasons
+    return f"Wider for the answer: {'; '.join(reasons)}. " if reasons else ""
 
 
 def _footer(plan: Plan) -> str:
@@ -172,6 +191,8 @@ def _footer(plan: Plan) -> str:
     said = [f"{name}: {text}" for name, text in links.items() if text]
     meant = [f"{name.removesuffix('_ms').upper()}: {text}" for name, text in DEFINITIONS.items()]
     return (
-        f"<footer><p>± covers four in five cases of the validation; {escape(origin())}.</p>"
+        "<footer><p>In brackets, and small: between what four in five measurements lie by the "
+        f"validation: {escape(origin())}. {escape(_wider(plan))}$/M: dollars of a million output "
+        "tokens.</p>"
         f"<p>{escape('. '.join(meant))}.</p><p>Links: {escape('; '.join(said))}.</p></footer>"
     )

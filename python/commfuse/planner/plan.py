@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field, replace
 
 from commfuse.errors import CommfuseError, UsageError
-from commfuse.planner.calibration import for_device
+from commfuse.planner.calibration import errors, for_device
 from commfuse.planner.cluster import ANY_COUNT, Cluster
 from commfuse.planner.layout import Layout
 from commfuse.planner.memory import Precision, memory_of
@@ -25,7 +25,9 @@ from commfuse.planner.search import (
 from commfuse.planner.serving import Work
 from commfuse.planner.speculation import Acceptance
 from commfuse.planner.step import Setting
+from commfuse.planner.uncertainty import Range, Spread, around, spread
 
+PER_REQUEST = ("latency", "pareto")  # objectives that look at one request's speed
 PAYS = 1.2  # twice the devices must bring so much more speed to be worth it
 
 
@@ -153,10 +155,28 @@ class Plan:
         """What the curve shows: tokens/s of a request where latency counts, else of all."""
         return speed(self.question, candidate)
 
+    def spread(self, candidate: Candidate) -> Spread:
+        """The errors of its figures."""
+        return spread(self.question.cluster, candidate.layout)
+
+    def speeds(self, candidate: Candidate) -> Range:
+        """Its speed, and within what it lies."""
+        off, service = self.spread(candidate), candidate.service
+        error = off.throughput
+        if self.question.objective in PER_REQUEST:
+            first = service.ttft / candidate.seconds(self.question.work)
+            error = first * off.ttft + (1 - first) * off.tpot
+        return around(self.speed(candidate), error)
+
+    def ratio(self, candidate: Candidate, to: Candidate) -> Range:
+        """How many times as fast one candidate is as another."""
+        error = max(self.spread(candidate).ratio, self.spread(to).ratio)
+        return around(self.speed(candidate) / self.speed(to), error)
+
 
 def speed(question: Question, candidate: Candidate) -> float:
     """Output tokens/s of one request (latency), or of all (other objectives)."""
-    if question.objective in ("latency", "pareto"):
+    if question.objective in PER_REQUEST:
         return question.work.output / candidate.seconds(question.work)
     return candidate.service.throughput
 
@@ -243,7 +263,8 @@ def _miss(question: Question, search: Search, refused: list[Refused]) -> str:
         f"{model.name} with {question.precision.weights} weights ({weights:.0f} GB) and one "
         f"request does not fit on {cluster.name}: {least.layout} is {least.short / 1e9:.1f} GB "
         f"short on each device, {least.total_short / 1e9:.0f} GB short in all "
-        f"({memory.usable / 1e9:.1f} GB of each can be used)"
+        f"({memory.usable / 1e9:.1f} GB of each can be used; what fills it is known to "
+        f"{errors()['memory'].p80:.0%})"
     )
     return text + _would_fit(question, search)
 

@@ -9,7 +9,7 @@ from commfuse.planner.calibration import Calibration
 from commfuse.planner.cluster import Cluster
 from commfuse.planner.layout import Stage
 from commfuse.planner.memory import Precision
-from commfuse.planner.model import KV_BYTES, WEIGHT_BYTES, Model
+from commfuse.planner.model import KV_BYTES, SUMMED, WEIGHT_BYTES, Model
 
 # Measured on one H100 that several ranks share (docs/kernels.md), the only place so far: with few
 # rows half of an all-reduce hides behind its GEMM, with more rows nothing is gained.
@@ -127,12 +127,12 @@ def all_reduces(setting: Setting, tp: int, begin: int, rows: float) -> tuple[flo
     if tp == 1:
         return 0.0, False
     nbytes = rows * setting.model.hidden_size * 2.0
-    plain = 2 * setting.cluster.all_reduce_seconds(begin, tp, nbytes)
+    plain = len(SUMMED) * setting.cluster.all_reduce_seconds(begin, tp, nbytes)
     if not setting.fused or rows > FUSED_ROWS or not setting.cluster.mapped(begin, tp):
         return plain, False
     fused = 0.0
     weight_bytes = WEIGHT_BYTES[setting.precision.weights]
-    for k, n in (setting.model.gemms(tp)[1], setting.model.gemms(tp)[3]):
+    for k, n in (setting.model.gemms(tp)[index] for index in SUMMED):
         gemm = sum(_gemm(setting, tp, rows, k, n, weight_bytes))
         fused += _fused_exposed(setting, begin, tp, nbytes, gemm)
     return min(plain, fused), fused < plain

@@ -100,9 +100,9 @@ def _row(line: dict[str, str]) -> Row:
     if kind not in _DTYPES:
         raise UsageError(f"precision {kind!r} is not planned for")
     tp, pp = int(line["tp_size"]), int(line.get("pp_size") or 1)
-    ttft, tpot = float(line["ttft_ms"]) * 1e-3, float(line["tpot_ms"]) * 1e-3
-    if not (ttft > 0 and tpot > 0):
-        raise UsageError("TTFT or TPOT is not positive")
+    ttft, tpot = (float(line[name] or "nan") * 1e-3 for name in ("ttft_ms", "tpot_ms"))
+    if not (0 < ttft < math.inf and 0 < tpot < math.inf):
+        raise UsageError("TTFT or TPOT is missing or not positive")
     model = load_model(line["model_path"])
     model.shard(tp)
     engine = line["backend"].lower()

@@ -54,7 +54,8 @@ class Channel:
         dtype: bfloat16, float16 or float32. Bits are copied as they are: other data may be viewed
             as one of these.
         slots: messages that may be under way, 2 to 64.
-        transport: ``"shared memory"`` or ``"torch.distributed"``; ``"auto"``: the communicator's.
+        transport: ``"shared memory"`` or ``"torch.distributed"``; ``"auto"``: the former
+            where all ranks of the communicator share it.
 
     Raises:
         UsageError: sizes or ranks that cannot be, too little shared memory.
@@ -117,7 +118,10 @@ class Channel:
             )
         self.comm, self.source, self.target = comm, source, target
         self.rows, self.columns, self.dtype, self.slots = rows, columns, dtype, slots
-        self.transport = comm.transport if transport == "auto" else transport
+        self.transport = transport
+        if transport == "auto":
+            shared = comm.transport == SHARED_MEMORY
+            self.transport = SHARED_MEMORY if shared else TORCH_DISTRIBUTED
         self.backend = "cpu" if self.transport == SHARED_MEMORY else "torch"
         self.no_rows = torch.empty(0, columns, dtype=dtype)
         self._native = None

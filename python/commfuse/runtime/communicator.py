@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import secrets
 import socket
 import time
 import warnings
@@ -18,11 +19,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from commfuse import _extension
 from commfuse.errors import BackendUnavailable, CommunicatorClosed, UsageError
 from commfuse.runtime import symmetric, tuning
+from commfuse.runtime.hierarchy import Hierarchy
 from commfuse.runtime.link import Link
 
 SHARED_MEMORY = "shared memory"
 SYMMETRIC_MEMORY = "symmetric memory"
 TORCH_DISTRIBUTED = "torch.distributed"
+HIERARCHICAL = "hierarchical"
 LOCAL = "local"
 
 DEFAULT_PAYLOAD_BYTES = 4 << 20
@@ -67,30 +70,37 @@ class Communicator:
         device: where its tensors are: None or ``"cpu"``, or a CUDA device (``"cuda"``: the current
             one). A CUDA communicator shares host memory as well, to learn of peers that fail.
         transport: ``"shared memory"`` on the CPU, ``"symmetric memory"`` on GPUs (torch's: they map
-            each other's memory), or ``"torch.distributed"``. ``"auto"``: one of the first two where
-            all ranks run on one host (our kernels need it), else the last; ``transport_reason``
-            then says why.
+            each other's memory), ``"hierarchical"`` on the CPU (the former within hosts,
+            torch.distributed across), or ``"torch.distributed"``. ``"auto"``: one of the first two
+            where all ranks run on one host (our kernels need it), the third where some of them
+            share one, else the last; ``transport_reason`` then says why.
         payload_bytes: the largest message that one call can carry, bytes; larger ones take several.
             All ranks together reserve about ``2 W (1 + 1/W)`` times as much shared memory; on GPUs
             it is rounded up to a multiple of 256.
         workspace_bytes: memory of each rank that every rank can map, for kernels such as Triton's;
             None: 1 MiB, on a GPU 16 MiB.
         timeout: seconds that a rank waits for another before it raises :class:`PeerTimeout`.
-        link: an emulated link; everything measured through it is marked as emulated.
+        link: an emulated link; everything measured through it is marked as emulated. With the
+            hierarchical transport it is the one between hosts.
+        link_inside: with the hierarchical transport, an emulated link within each host.
+        host: ranks that name different hosts share no memory, even where they could: to have
+            several hosts on one. None: only where the operating system keeps them apart.
         name: of its ranks, plural, for errors, in which ranks are numbered from 0.
 
     Raises:
         UsageError: a mesh of several dimensions, an unknown transport, too little shared memory
             (the message says how much is needed), or ranks on one GPU without the set-up that this
             takes. All ranks raise it.
-        BackendUnavailable: shared or symmetric memory was asked for and the extension is missing or
-            was built without CUDA, the ranks run on several hosts, or their GPUs cannot map each
-            other's memory.
+        BackendUnavailable: the transport that was asked for cannot be had: the extension is missing
+            or was built without CUDA, the ranks do not run on one host (or, for the hierarchical
+            one, on several, some together), or their GPUs cannot map each other's memory.
 
     Attributes:
         device: see above, with its index.
         transport: what was chosen; ``"local"`` for a group of one.
-        transport_reason: why ``"auto"`` fell back to torch.distributed, or None.
+        transport_reason: why ``"auto"`` has chosen neither shared nor symmetric memory, or None.
+        hosts: the ranks of each host, in order.
+        hierarchy: how the ranks of several hosts meet; None with other transports.
         table: the crossovers by which kernels on GPUs are chosen, rank 0's; None on the CPU.
         table_source: where the table comes from, in words.
 
@@ -110,6 +120,8 @@ class Communicator:
         workspace_bytes: int | None = None,
         timeout: float = 30.0,
         link: Link | None = None,
+        link_inside: Link | None = None,
+        host: str | None = None,
         name: str | None = None,
     ):
         self._closed = True  # until construction succeeds
@@ -122,10 +134,11 @@ class Communicator:
             group = group.get_group()
         self.device = symmetric.resolve_device(device)
         own = SYMMETRIC_MEMORY if self.device.type == "cuda" else SHARED_MEMORY
-        if transport not in ("auto", own, TORCH_DISTRIBUTED):
+        known = ["auto", own, *([HIERARCHICAL] if own == SHARED_MEMORY else []), TORCH_DISTRIBUTED]
+        if transport not in known:
             raise UsageError(
-                f"unknown transport {transport!r} on {self.device.type}: use 'auto', {own!r} or "
-                f"{TORCH_DISTRIBUTED!r}"
+                f"unknown transport {transport!r} on {self.device.type}: use one of "
+                f"{', '.join(map(repr, known))}"
             )
         if workspace_bytes is None:
             workspace_bytes = DEFAULT_WORKSPACE_BYTES[self.device.type]
@@ -137,13 +150,13 @@ class Communicator:
                 f"{workspace_bytes} are needed for each rank, and no process can map more than "
                 f"{MOST_BYTES} bytes"
             )
-        if link is not None and self.device.type == "cuda":
-            raise UsageError("links are emulated between CPU ranks only")
+        if self.device.type == "cuda" and not link is link_inside is host is None:
+            raise UsageError("links and hosts are emulated between CPU ranks only")
         self.group = group
         self.rank = dist.get_rank(group) if group is not None else 0
         self.world_size = dist.get_world_size(group) if group is not None else 1
         self.timeout = timeout
-        self.link = link
+        self.link, self.link_inside = link, link_inside
         self.backends: dict[Any, Any] = {}  # filled by commfuse.ops: what serves which call
         self.further_checks: list[Callable[[], None]] = []  # of check(), by commfuse.ops
         self.channels: list[Any] = []  # between its ranks; they close with it
@@ -158,6 +171,8 @@ class Communicator:
         self.transport_reason: str | None = None
         self.table: tuning.Table | None = None
         self.table_source: str | None = None
+        self.hosts = [[0]]
+        self.hierarchy: Hierarchy | None = None
         if self.world_size == 1:
             self.transport = LOCAL
             if _extension.module is not None:
@@ -165,12 +180,15 @@ class Communicator:
             if self.device.type == "cuda" and _extension.why_no_cuda() is None:
                 self._share_gpu_memory(payload_bytes, 0)
         else:
-            self.transport = self._choose_transport(transport, own)
+            self.transport = self._choose_transport(transport, own, host)
+            everybody = list(range(self.world_size))
             if self.transport == SHARED_MEMORY:
-                self._native = self._share_memory(payload_bytes, workspace_bytes)
+                self._native = self._share_memory(payload_bytes, workspace_bytes, link, everybody)
             elif self.transport == SYMMETRIC_MEMORY:
-                self._native = self._share_memory(HOST_PAYLOAD_BYTES, 0)
+                self._native = self._share_memory(HOST_PAYLOAD_BYTES, 0, None, everybody)
                 self._share_gpu_memory(payload_bytes, workspace_bytes)
+            elif self.transport == HIERARCHICAL:
+                self.hierarchy = self._meet_hosts(payload_bytes, link_inside, name)
         self.name = name
         if name is not None and self._native is not None:
             self._native.set_name(name)
@@ -184,18 +202,32 @@ class Communicator:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def _choose_transport(self, asked: str, own: str) -> str:
+    def _choose_transport(self, asked: str, own: str, host: str | None) -> str:
         on_gpu = self.device.type == "cuda"
         missing = _extension.why_no_cuda() if on_gpu else _extension.reason
         place = symmetric.device_identity(self.device) if on_gpu else ("", "")
-        hosts, reasons, places = zip(*self.gather((_host_identity(), missing, place)), strict=True)
+        identity = (host, *_host_identity())
+        identities, reasons, places = zip(*self.gather((identity, missing, place)), strict=True)
+        by_host: dict[tuple, list[int]] = {}
+        for rank, found in enumerate(identities):
+            by_host.setdefault(found, []).append(rank)
+        self.hosts = list(by_host.values())
         if asked == TORCH_DISTRIBUTED:
             return TORCH_DISTRIBUTED
         problem = next((reason for reason in reasons if reason is not None), None)
-        if len(set(hosts)) > 1:
+        some_together = 1 < len(self.hosts) < self.world_size and not on_gpu
+        if asked == HIERARCHICAL and not some_together:
             problem = (
-                f"the ranks run on {len(set(hosts))} hosts and cannot share memory; use "
-                f"transport={TORCH_DISTRIBUTED!r}"
+                "no two ranks share a host" if len(self.hosts) > 1 else "all ranks share one host"
+            )
+        elif some_together and problem is None and asked != own:
+            self.transport_reason = f"the ranks run on {len(self.hosts)} hosts"
+            return HIERARCHICAL
+        elif len(self.hosts) > 1:
+            instead = HIERARCHICAL if some_together and problem is None else TORCH_DISTRIBUTED
+            problem = (
+                f"the ranks run on {len(self.hosts)} hosts and cannot share memory; use "
+                f"transport={instead!r}"
             )
         elif on_gpu and problem is None:
             if conflict := symmetric.placement_problem(list(places)):
@@ -204,10 +236,30 @@ class Communicator:
             problem = next((reason for reason in unreachable if reason is not None), None)
         if problem is None:
             return own
-        if asked == own:
+        if asked != "auto":
             raise BackendUnavailable(problem)
         self.transport_reason = problem
         return TORCH_DISTRIBUTED
+
+    def _meet_hosts(self, payload_bytes: int, link: Link | None, name: str | None) -> Hierarchy:
+        here = next(ranks for ranks in self.hosts if self.rank in ranks)
+        inside = self._share_memory(payload_bytes, 0, link, here)
+        token = self.gather(f"commfuse-{secrets.token_hex(8)}")[0]
+        return Hierarchy(self.group, self.hosts, inside, token, self.timeout, name)
+
+    def transport_between(self, a: int, b: int) -> str:
+        """What carries data between two ranks.
+
+        Example:
+            >>> comm.transport_between(0, 3)             # on different hosts
+            'torch.distributed'
+        """
+        if a == b:
+            return LOCAL
+        if self.transport != HIERARCHICAL:
+            return self.transport
+        together = any(a in ranks and b in ranks for ranks in self.hosts)
+        return SHARED_MEMORY if together else TORCH_DISTRIBUTED
 
     def _share_gpu_memory(self, payload_bytes: int, workspace_bytes: int) -> None:
         slot_bytes = -(-payload_bytes // GPU_SLOT_ALIGNMENT) * GPU_SLOT_ALIGNMENT
@@ -228,6 +280,7 @@ class Communicator:
         self.table, self.table_source = everybody[0][1]
         self._native.set_all_reduce_thresholds(self.table.one_shot_bytes, self.table.lines_bytes)
         self._native.set_fused_rows(self.table.fused_from_rows, self.table.fused_to_rows)
+        self._native.set_claimed_percent(self.table.claimed_percent)
         self._payload_bytes = slot_bytes
         if workspace_bytes:
             self._workspace = symmetric.SymmetricBuffer(self.group, workspace_bytes, self.device)
@@ -263,28 +316,29 @@ class Communicator:
         self._tensors.append(buffer)
         return buffer.local.view(dtype)[:numel].view(*shape)
 
-    def _share_memory(self, payload_bytes: int, workspace_bytes: int):
+    def _share_memory(
+        self, payload_bytes: int, workspace_bytes: int, link: Link | None, members: list[int]
+    ):
+        """The extension's communicator among ``members``, of which this rank is one."""
         native = _extension.require()
-        server, offer = None, [None, None]
-        if self.rank == 0:
+        server, offer = None, (None, None)
+        if self.rank == members[0] and len(members) > 1:
             try:
-                server = native.SegmentServer(self.world_size, payload_bytes, workspace_bytes)
-                offer = [server.address, None]
+                server = native.SegmentServer(len(members), payload_bytes, workspace_bytes)
+                offer = server.address, None
             except RuntimeError as error:
-                offer = [None, str(error)]
-        dist.broadcast_object_list(
-            offer, dist.get_global_rank(self.group, 0), group=self.group, device=None
-        )
-        address, problem = offer
-        if problem is not None:
+                offer = None, str(error)
+        addresses, problems = zip(*self.gather(offer), strict=True)
+        if problem := next((problem for problem in problems if problem is not None), None):
             raise UsageError(problem)
-        latency_ns = self.link.latency_us * 1e3 if self.link else 0.0
-        bytes_per_ns = self.link.gigabytes_per_second if self.link else 0.0
+        if len(members) == 1:
+            return native.Communicator()
+        latency_ns = link.latency_us * 1e3 if link else 0.0
+        bytes_per_ns = link.gigabytes_per_second if link else 0.0
         if server is not None:
             return native.Communicator.serve(server, self.timeout, latency_ns, bytes_per_ns)
-        return native.Communicator.connect(
-            address, self.rank, self.timeout, latency_ns, bytes_per_ns
-        )
+        address, place = addresses[members[0]], members.index(self.rank)
+        return native.Communicator.connect(address, place, self.timeout, latency_ns, bytes_per_ns)
 
     @property
     def handle(self) -> int:
@@ -299,7 +353,8 @@ class Communicator:
     @property
     def emulated(self) -> bool:
         """Whether a link is emulated."""
-        return self.link is not None
+        inside = self.link_inside if self.hierarchy is not None else None
+        return self.link is not None or inside is not None
 
     @property
     def serves_gpu(self) -> bool:
@@ -340,6 +395,8 @@ class Communicator:
             raise CommunicatorClosed("this communicator is closed; make a new Communicator")
         if self._native is not None:
             self._native.check()
+        if self.hierarchy is not None:
+            self.hierarchy.check()
 
     def check(self) -> None:
         """Raises this communicator's failure, if there is one: see :mod:`commfuse.errors`.
@@ -360,6 +417,9 @@ class Communicator:
         self.check_host()
         if self._native is not None:
             self._native.barrier()
+        elif self.hierarchy is not None:
+            with self.hierarchy.failing_together():
+                self.hierarchy.gather(torch.zeros(1, dtype=torch.uint8), "barrier")
         else:
             dist.barrier(group=self.group)
 
@@ -433,11 +493,25 @@ class Communicator:
         begin = time.perf_counter()
         # gloo gathers in CPU memory only.
         here = x.contiguous() if "nccl" in dist.get_backend(self.group) else x.cpu().contiguous()
-        gathered = [torch.empty_like(here) for _ in range(self.world_size)]
-        dist.all_gather(gathered, here, group=self.group)
+        if self.hierarchy is not None:
+            dtype = str(x.dtype).removeprefix("torch.")
+            with self.hierarchy.failing_together():
+                gathered = self.hierarchy.gather(here, f"all_gather {dtype}{list(x.shape)}")
+        else:
+            gathered = [torch.empty_like(here) for _ in range(self.world_size)]
+            dist.all_gather(gathered, here, group=self.group)
         steps = self.world_size - 1
         self._count_torch(begin, x.nbytes * steps, steps)
         return torch.stack(gathered).to(x.device)
+
+    def sum_across_hosts(self, mine: torch.Tensor, what: str) -> None:
+        """Adds up, in place, what all hosts have of this rank's slice: see :class:`Hierarchy`.
+
+        An emulated link is charged for one message, of all that the rank sends.
+        """
+        begin = time.perf_counter()
+        sent = self.hierarchy.sum_across(mine, what)
+        self._count_torch(begin, sent, 1)
 
     def _count_torch(self, begin: float, transferred: int, messages: int) -> None:
         end = time.perf_counter()
@@ -458,6 +532,10 @@ class Communicator:
     def statistics(self) -> Statistics:
         """Counters since construction or the last :meth:`reset_statistics`."""
         total = Statistics(**vars(self._torch_traffic))
+        if self.hierarchy is not None:
+            inside = self.hierarchy.inside.statistics()  # its calls are parts of ours
+            total.bytes_sent += inside.bytes_sent
+            total.communication_seconds += inside.communication_ns * 1e-9
         if self._native is not None:
             native = self._native.statistics()
             total.calls += native.calls
@@ -468,6 +546,8 @@ class Communicator:
     def reset_statistics(self) -> None:
         """Starts the counters of :meth:`statistics` anew."""
         self._torch_traffic = Statistics()
+        if self.hierarchy is not None:
+            self.hierarchy.inside.reset_statistics()
         if self._native is not None:
             self._native.reset_statistics()
 
@@ -510,6 +590,8 @@ class Communicator:
             for channel in self.channels:
                 channel.close()
             self.channels.clear()  # they refer to this communicator, and would keep its memory
+            if self.hierarchy is not None:
+                self.hierarchy.close()
             try:
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)  # kernels of ours may still be at work

@@ -14,7 +14,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -113,14 +114,54 @@ def run_ranks(
         >>> [r.status for r in run_ranks([sys.executable, "-c", "pass"], 2)]
         [0, 0]
     """
-    store = os.memfd_create("commfuse-rendezvous")
     processes: list[subprocess.Popen] = []
     outputs: list[list[bytes]] = []
     readers: list[threading.Thread] = []
+    with job_environments(world_size, environment) as environments:
+        try:
+            for rank, env in enumerate(environments):
+                pipe = None if stream and rank == 0 else subprocess.PIPE
+                process = subprocess.Popen(
+                    command,
+                    env=os.environ | env,
+                    stdin=subprocess.DEVNULL,
+                    stdout=pipe,
+                    stderr=pipe,
+                )
+                processes.append(process)
+                outputs.append([b"", b""])
+                for index, source in enumerate((process.stdout, process.stderr)):
+                    if source is not None:
+                        readers.append(
+                            threading.Thread(target=_drain, args=(source, outputs[rank], index))
+                        )
+                        readers[-1].start()
+            wait_for_ranks([process.poll for process in processes], timeout)
+        finally:
+            for process in processes:
+                if process.poll() is None:
+                    process.kill()
+                process.wait()
+            for reader in readers:
+                reader.join()
+    return [
+        RankResult(rank, process.returncode, *(text.decode(errors="replace") for text in output))
+        for rank, (process, output) in enumerate(zip(processes, outputs, strict=True))
+    ]
+
+
+@contextmanager
+def job_environments(
+    world_size: int, environment: dict[str, str] | None = None
+) -> Iterator[list[dict[str, str]]]:
+    """What each rank of a new job needs in its environment, besides what this process has.
+
+    The ranks meet while the context is open.
+    """
+    store = os.memfd_create("commfuse-rendezvous")
     try:
-        for rank in range(world_size):
-            env = {
-                **os.environ,
+        yield [
+            {
                 "GLOO_SOCKET_IFNAME": "lo",
                 **(environment or {}),
                 RENDEZVOUS: f"file:///proc/{os.getpid()}/fd/{store}",
@@ -130,31 +171,10 @@ def run_ranks(
                 "WORLD_SIZE": str(world_size),
                 "LOCAL_WORLD_SIZE": str(world_size),
             }
-            pipe = None if stream and rank == 0 else subprocess.PIPE
-            process = subprocess.Popen(
-                command, env=env, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe
-            )
-            processes.append(process)
-            outputs.append([b"", b""])
-            for index, source in enumerate((process.stdout, process.stderr)):
-                if source is not None:
-                    readers.append(
-                        threading.Thread(target=_drain, args=(source, outputs[rank], index))
-                    )
-                    readers[-1].start()
-        _wait(processes, timeout)
+            for rank in range(world_size)
+        ]
     finally:
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
-        for reader in readers:
-            reader.join()
         os.close(store)
-    return [
-        RankResult(rank, process.returncode, *(text.decode(errors="replace") for text in output))
-        for rank, (process, output) in enumerate(zip(processes, outputs, strict=True))
-    ]
 
 
 def _drain(source, output: list[bytes], index: int) -> None:
@@ -162,12 +182,18 @@ def _drain(source, output: list[bytes], index: int) -> None:
         output[index] = source.read()
 
 
-def _wait(processes: list[subprocess.Popen], timeout: float | None) -> None:
+def wait_for_ranks(statuses: Sequence[Callable[[], int | None]], timeout: float | None) -> None:
+    """Returns once every rank has ended, or at the deadline, or ``GRACE_SECONDS`` after a failure.
+
+    Args:
+        statuses: of each rank, what says its exit status, or None while it runs.
+        timeout: seconds; None: no limit.
+    """
     deadline = time.monotonic() + timeout if timeout is not None else float("inf")
-    while any(process.poll() is None for process in processes):
+    while any(status() is None for status in statuses):
         if time.monotonic() > deadline:
             return
-        if any(process.poll() for process in processes):
+        if any(status() for status in statuses):
             deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
         time.sleep(0.01)
 

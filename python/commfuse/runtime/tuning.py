@@ -32,16 +32,19 @@ class Table:
         fused_from_rows: the fewest rows for which ``matmul_all_reduce`` sends tiles while it
             computes.
         fused_to_rows: the most; below ``fused_from_rows``: never.
+        claimed_percent: of the tiles of the GEMM of ``matmul_all_reduce``, how many at least its
+            blocks claim as they become free; they are dealt the others in equal numbers. 0: all.
 
     Raises:
-        UsageError: a value is negative or no integer, or ``lines_bytes`` is below
-            ``one_shot_bytes``.
+        UsageError: a value is negative or no integer, ``lines_bytes`` is below
+            ``one_shot_bytes``, or ``claimed_percent`` above 100.
     """
 
     one_shot_bytes: int = 64 << 10
     lines_bytes: int = 1 << 20
     fused_from_rows: int = 1
     fused_to_rows: int = 64
+    claimed_percent: int = 0
 
     def __post_init__(self):
         for field in fields(self):
@@ -52,6 +55,8 @@ class Table:
             raise UsageError(
                 f"lines_bytes is {self.lines_bytes}, below one_shot_bytes {self.one_shot_bytes}"
             )
+        if self.claimed_percent > 100:
+            raise UsageError(f"claimed_percent is {self.claimed_percent}; it is at most 100")
 
 
 def user_path(device_name: str) -> Path:

@@ -9,7 +9,7 @@ from commfuse.errors import UsageError
 from commfuse.testing.cases import MORE, QUICK, Case
 
 HIDDEN = 8192  # of a model of 70 billion parameters
-_K_TOTALS = (8192, 28672)  # its attention output and its down projection
+K_TOTALS = (8192, 28672)  # its attention output and its down projection
 _COLUMNS = 4096  # of a message
 _KIB = (8, 32, 64, 256, 1024, 8192, 65536)  # of a two-byte type
 _VOCABULARY = 128256  # of Llama 3
@@ -27,27 +27,40 @@ def _row_parallel(
             options,
             kind,
         )
-        for total in _K_TOTALS
+        for total in K_TOTALS
         for m in rows
     ]
 
 
-def _verified(
-    batches: tuple[int, ...],
-    options: tuple[str, ...],
-    kind: str = QUICK,
-    drafts: int = 4,
-    vocabulary: int = _VOCABULARY,
-) -> list[Case]:
-    return [
+# Of verify_chain: the batches that are measured by default, for each way of drawing.
+_VERIFIED = {
+    ("sampled",): (1, 8, 32, 128),
+    (): (1, 32),
+    ("sampled", "truncated"): (1, 8, 32),
+    ("sampled", "distributions"): (1, 8, 32),
+    ("sampled", "logs"): (),
+}
+
+
+def _verified() -> list[Case]:
+    """The quick ones first, then every batch with every draft length and vocabulary."""
+    sizes = [
+        (batch, drafts, vocabulary)
+        for vocabulary in (_VOCABULARY, 32000, 151936)
+        for drafts in (4, 1, 7)
+        for batch in (1, 8, 32, 128)
+    ]
+    cases = [
         Case(
             "verify_chain",
-            (("batch", batch), ("drafts", drafts), ("vocabulary", vocabulary)),
+            tuple(zip(("batch", "drafts", "vocabulary"), size, strict=True)),
             options,
-            kind,
+            QUICK if size in [(batch, 4, _VOCABULARY) for batch in batches] else MORE,
         )
-        for batch in batches
+        for options, batches in _VERIFIED.items()
+        for size in sizes
     ]
+    return sorted(cases, key=lambda case: case.kind != QUICK)
 
 
 def _cases(world_size: int) -> list[Case]:
@@ -67,25 +80,14 @@ def _cases(world_size: int) -> list[Case]:
             for k, n in _GEMMS
             for m in (1, 8, 16, 32, 64)
         ),
-        *_verified((1, 8, 32, 128), ("sampled",)),
-        *_verified((1, 32), ()),
-        *_verified((1, 8, 32), ("sampled", "truncated")),
-        *_verified((1, 8, 32), ("sampled", "distributions")),
-        *_verified((8,), ("sampled", "logs"), MORE),
-        *_verified((128,), ("sampled", "truncated"), MORE),
-        *_verified((128,), ("sampled", "distributions"), MORE),
+        *_verified(),
         *(
-            case
-            for drafts, vocabulary in ((1, _VOCABULARY), (7, _VOCABULARY), (4, 32000), (4, 151936))
-            for case in _verified((8, 32), ("sampled",), MORE, drafts, vocabulary)
-        ),
-        *(
-            Case("vocab_parallel_sample", (("m", m), ("vocabulary", _VOCABULARY)), options, QUICK)
-            for options in (("sampled",), ("sampled", "truncated"))
-            for m in (1, 8, 128)
-        ),
-        *(
-            Case("vocab_parallel_argmax", (("m", m), ("vocabulary", _VOCABULARY)), kind=QUICK)
+            Case(op, (("m", m), ("vocabulary", _VOCABULARY)), options, QUICK if m == 8 else MORE)
+            for op, options in (
+                ("vocab_parallel_sample", ("sampled",)),
+                ("vocab_parallel_sample", ("sampled", "truncated")),
+                ("vocab_parallel_argmax", ()),
+            )
             for m in (1, 8, 128)
         ),
         *_row_parallel(world_size, (1, 8, 32, 64)),

@@ -104,7 +104,7 @@ class GpuLab:
     Example:
         >>> with GpuLab() as lab:
         ...     for world_size in (2, 4):
-        ...         run_ranks("tests/workers/gpu.py:run", world_size, lab=lab)
+        ...         run_ranks("tests/workers/gpu_verify.py:run", world_size, lab=lab)
     """
 
     def __init__(self):

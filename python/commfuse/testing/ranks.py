@@ -1,16 +1,26 @@
-"""Runs a function on several ranks, each a fresh process, and brings their results back."""
+"""Runs a function on several ranks, each a fresh process, and brings their results back.
+
+Importing torch takes a process longer than most tests. So the ranks are forked from a server, which
+has imported it and done nothing else: no thread, no kernel, no GPU has been touched there.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import pickle
-import sys
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from commfuse.runtime import launch
+from commfuse.testing import worker
 from commfuse.testing.gpu_lab import GpuLab
+
+# Not what depends on a rank's environment when it is imported: triton on TRITON_INTERPRET.
+_PRELOADED = ["torch", "torch.distributed", "commfuse.generation", "commfuse.testing.worker"]
 
 
 class RanksFailed(AssertionError):
@@ -67,14 +77,43 @@ def run_ranks(
         [1, 1]
     """
     env = {**(lab.environment(world_size) if lab else {}), **(env or {})}
-    with tempfile.TemporaryDirectory(prefix="commfuse-test-") as folder:
-        arguments = Path(folder, "arguments")
-        arguments.write_bytes(pickle.dumps(tuple(args)))
-        command = [sys.executable, "-m", "commfuse.testing.worker", target, folder]
-        results = launch.run_ranks(command, world_size, timeout=timeout, environment=env)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    processes: list[Any] = []
+    with (
+        tempfile.TemporaryDirectory(prefix="commfuse-test-") as folder,
+        launch.job_environments(world_size, env) as environments,
+    ):
+        Path(folder, "arguments").write_bytes(pickle.dumps(tuple(args)))
+        try:
+            for environment in environments:
+                rank = context.Process(
+                    target=worker.main, args=(target, folder, os.environ | environment)
+                )
+                rank.start()
+                processes.append(rank)
+            launch.wait_for_ranks(
+                [partial(getattr, rank, "exitcode") for rank in processes], timeout
+            )
+        finally:
+            for rank in processes:
+                rank.kill()
+                rank.join()
+        results = [
+            launch.RankResult(
+                index, rank.exitcode, *(_written(folder, index, kind) for kind in ("out", "err"))
+            )
+            for index, rank in enumerate(processes)
+        ]
         if check and any(result.status for result in results):
             raise RanksFailed(target, results)
         return [
             result if result.status else pickle.loads(Path(folder, str(result.rank)).read_bytes())
             for result in results
         ]
+
+
+def _written(folder: str, rank: int, kind: str) -> str:
+    """What a rank wrote to its standard output or error."""
+    path = Path(folder, f"{rank}.{kind}")
+    return path.read_text(errors="replace") if path.exists() else ""

@@ -8,17 +8,26 @@ import pickle
 import sys
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
 
-def main(target: str, folder: str) -> None:
-    """Loads the target by its path, calls it, and leaves its result in the folder."""
-    import torch
-    import torch.distributed as dist
+from commfuse.runtime import launch
 
-    from commfuse.runtime.launch import join_job
 
+def main(target: str, folder: str, environment: dict[str, str]) -> None:
+    """Loads the target by its path, calls it, and leaves its result and output in the folder."""
+    os.environ.clear()
+    os.environ.update(environment)
+    # The server that this process was forked from, not the process that asked for it.
+    os.environ[launch.PARENT] = str(os.getppid())
+    for stream, kind in ((sys.stdout, "out"), (sys.stderr, "err")):
+        stream.flush()
+        file = os.open(Path(folder, f"{os.environ['RANK']}.{kind}"), os.O_WRONLY | os.O_CREAT)
+        os.dup2(file, stream.fileno())
+        os.close(file)
     path, _, name = target.rpartition(":")
     torch.set_num_threads(1)
-    join_job()
+    launch.join_job()
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -26,7 +35,3 @@ def main(target: str, folder: str) -> None:
     result = getattr(module, name)(*args)
     Path(folder, os.environ["RANK"]).write_bytes(pickle.dumps(result))
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
