@@ -51,7 +51,8 @@ help:
 	@echo '                        build where there is no NVIDIA GPU'
 	@echo 'TORCH_CPU_INDEX=        (empty) take torch from the sources that pip is configured for alone'
 	@echo 'GPU_PYTHON=python3      the Python of gpu-test and gpu-bench: with torch for CUDA, triton, ninja,'
-	@echo '                        pytest, typer, rich; and nvcc on PATH. GPU_CC, GPU_CXX: its compiler'
+	@echo '                        pytest, typer, rich, tokenizers, jinja2; and nvcc on PATH. GPU_CC, GPU_CXX:'
+	@echo '                        its compiler'
 	@echo 'GPU_RANKS=2,4,8         the numbers of ranks of gpu-bench; GPU_OPS="all_reduce": its ops'
 	@echo 'ARGS=...                more arguments for demo, test, test-long, bench, gpu-test, gpu-bench'
 

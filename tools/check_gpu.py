@@ -7,7 +7,7 @@ import importlib.util
 import shutil
 import sys
 
-NEEDED = ("torch", "triton", "numpy", "pytest", "typer", "rich")
+NEEDED = ("torch", "triton", "numpy", "pytest", "typer", "rich", "tokenizers", "jinja2")
 
 
 def obstacle() -> str | None:

@@ -99,8 +99,7 @@ std::pair<at::Tensor, at::Tensor> summed_product(const at::Tensor& x, const at::
     call.communicator.check();
     if (matmul_serves(x) && n > 0) {  // as on several ranks, bits do not depend on the batch
       out = at::empty({m, n}, x.options());
-      matmul(matmul_args(x, w, call.gpu().max_blocks(), call.stream), data_or_null(tail.bias),
-             out.mutable_data_ptr(), call.stream);
+      matmul(gemm_of(call, x, w), data_or_null(tail.bias), out.mutable_data_ptr(), call.stream);
     } else {
       out = at::linear(x, w, tail.bias);
     }

@@ -6,7 +6,7 @@ import pytest
 
 from commfuse.errors import UsageError
 from commfuse.generation import Generator
-from commfuse.generation.steps import bucket, bucket_span
+from commfuse.generation.inputs import bucket, bucket_span
 from commfuse.models.config import ModelConfig
 from commfuse.models.llama import Llama
 from commfuse.models.random_weights import RandomCheckpoint

@@ -6,7 +6,7 @@ import os
 import torch
 import torch.distributed as dist
 
-from commfuse.generation import Generator, steps
+from commfuse.generation import Generator, inputs, steps
 from commfuse.models.config import ModelConfig
 from commfuse.models.llama import Llama
 from commfuse.models.random_weights import RandomCheckpoint
@@ -85,15 +85,11 @@ _CAPTURED: list[tuple] = []
 def _capture(self, sizes):
     _CAPTURED.append(tuple(sizes))
     data = torch.empty(sum(sizes.widths), dtype=torch.int64)
-    numbers = [value for value, width in zip(_scratch(self), sizes.widths, strict=True)
-               for _ in range(width)]  # fmt: skip
+    # Of padding alone: a graph only records the pass.
+    values = zip(inputs.padding(self._sequences - 1), sizes.widths, strict=True)
+    numbers = [value for value, width in values for _ in range(width)]
     call = _Call(self, data.copy_(torch.tensor(numbers)), sizes)
     return steps._Graph(call, data, call.results)
-
-
-def _scratch(made):
-    """Numbers for the pass that is run while it is captured; a graph only records it."""
-    return (0, made._sequences - 1, 0, 1, 0, 0, steps._BITS_OF_ONE, 0, 0, -1)
 
 
 def run() -> dict:
@@ -101,7 +97,7 @@ def run() -> dict:
     with Communicator(dist.group.WORLD) as comm:
         model = make_model(comm)
         found = {"exact": generations(Generator(model))}
-        steps.CACHE_GRANULE, steps.LEAST_SPAN = 16, 32
+        steps.CACHE_GRANULE, inputs.LEAST_SPAN = 16, 32
         graphs = Generator(model, static=True)
         graphs.steps.graphs, steps.Steps._capture = True, _capture
         found["graphs"] = generations(graphs)

@@ -9,8 +9,6 @@ is stands in memory. Padding is a token of a sequence of its own, of which nothi
 from __future__ import annotations
 
 import contextlib
-import itertools
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,6 +16,7 @@ import torch
 
 from commfuse import ops
 from commfuse.errors import UsageError
+from commfuse.generation.inputs import Inputs, Sizes, bucket, bucket_span, numbers_of
 from commfuse.generation.pipeline import RESULT_COLUMNS
 from commfuse.generation.requests import Pass
 from commfuse.models.llama import Llama
@@ -26,83 +25,6 @@ from commfuse.ops import Placement, Sampling
 from commfuse.runtime.channel import Channel
 
 CACHE_GRANULE = 256  # positions: what a cache that is kept is rounded up to
-LEAST_SPAN = 1024  # positions of the smallest decoding graph
-_BITS_OF_ONE = 0x3FF0000000000000  # of 1.0 in float64
-
-
-def bucket(count: int) -> int:
-    """What ``count`` requests or rows are padded to: a power of two, from 16 a multiple of 16.
-
-    Example:
-        >>> [bucket(count) for count in (1, 3, 9, 33)]
-        [1, 4, 16, 48]
-    """
-    return 1 << (count - 1).bit_length() if count <= 16 else -(-count // 16) * 16
-
-
-def bucket_span(length: int, most: int) -> int:
-    """What the longest sequence is taken for: a power of two, or all of the cache.
-
-    Example:
-        >>> bucket_span(1500, 4096)
-        2048
-    """
-    return min(max(LEAST_SPAN, 1 << (length - 1).bit_length()), most)
-
-
-class Sizes(NamedTuple):
-    """Shapes of a pass's tensors.
-
-    Attributes:
-        rows: tokens.
-        requests: that get new tokens.
-        drafts: tokens of a draft; None in the prefill.
-        span: of a decoding step, see :class:`~commfuse.ops.Placement`.
-    """
-
-    rows: int
-    requests: int
-    drafts: int | None
-    span: int | None
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Numbers of each field of :class:`Inputs`."""
-        requests, drafts = self.requests, self.drafts or 0
-        return (self.rows,) * 3 + (requests,) * 6 + (requests * drafts,)
-
-
-class Inputs(NamedTuple):
-    """All numbers of a pass, views of one int64 tensor: a pass takes one copy to a GPU.
-
-    Attributes:
-        tokens, sequences, positions: [rows].
-        places: [requests], positions of the first tokens to be drawn.
-        temperature, top_k, top_p, seed: [requests], of :class:`~commfuse.ops.Sampling`; those that
-            are float64 there as their bits.
-        counts: [requests]: in the prefill the row of each prompt's last token, else the length of
-            each request's draft.
-        drafts: [requests * drafts].
-    """
-
-    tokens: torch.Tensor
-    sequences: torch.Tensor
-    positions: torch.Tensor
-    places: torch.Tensor
-    temperature: torch.Tensor
-    top_k: torch.Tensor
-    top_p: torch.Tensor
-    seed: torch.Tensor
-    counts: torch.Tensor
-    drafts: torch.Tensor
-
-    @property
-    def sampling(self) -> Sampling:
-        """How each request's tokens are drawn."""
-        float64 = torch.float64
-        return Sampling.of_tensors(
-            self.temperature.view(float64), self.top_k, self.top_p.view(float64), self.seed
-        )
 
 
 class _Graph(NamedTuple):
@@ -213,7 +135,9 @@ class Steps:
         # In pinned memory the copy to a GPU does not wait for what is under way there.
         pinned = self._stream is not None
         numbers = torch.tensor(
-            self._numbers(next_pass, sizes), dtype=torch.int64, pin_memory=pinned
+            numbers_of(next_pass, sizes, self._generation.options, self._sequences - 1),
+            dtype=torch.int64,
+            pin_memory=pinned,
         )
         if self.graphs and sizes.drafts is not None:
             results = self._replayed(numbers, sizes)
@@ -232,46 +156,6 @@ class Steps:
         rows = padded if drafts == 0 else bucket(rows + padded - requests)
         longest = max(first + len(run) for _, first, run in next_pass.runs)
         return Sizes(rows, padded, drafts, bucket_span(longest, self._cache.max_length))
-
-    def _numbers(self, next_pass: Pass, sizes: Sizes) -> list[int]:
-        """What :class:`Inputs` has, one field behind the other."""
-        runs, requests = next_pass.runs, next_pass.requests
-        options = [self._generation.options[request.index] for request in requests]
-        fields: list[Iterable[int]] = [
-            [token for _, _, run in runs for token in run],
-            [sequence for sequence, _, run in runs for _ in run],
-            [first + offset for _, first, run in runs for offset in range(len(run))],
-            [len(request.tokens) for request in requests],
-            *([of[column] for of in options] for column in range(4)),
-        ]
-        if next_pass.drafts is None:
-            fields += [self._ends(next_pass), []]
-        else:
-            fields.append([len(draft) for draft in next_pass.drafts])
-            pad = [-1] * sizes.drafts
-            fields.append(
-                [token for draft in next_pass.drafts for token in (draft + pad)[: sizes.drafts]]
-            )
-        # Of the padding: token 0 at position 0 of the last sequence, and the most probable one.
-        padding = (0, self._sequences - 1, 0, 1, 0, 0, _BITS_OF_ONE, 0, 0, -1)
-        return list(
-            itertools.chain.from_iterable(
-                itertools.islice(itertools.chain(field, itertools.repeat(value)), width)
-                for field, value, width in zip(fields, padding, sizes.widths, strict=True)
-            )
-        )
-
-    @staticmethod
-    def _ends(prefill: Pass) -> list[int]:
-        """The rows of the prompts' last tokens."""
-        finished = {request.index for request in prefill.requests}
-        # A sequence has one run in a pass; that of a finished prompt ends with its last token.
-        behind = itertools.accumulate(len(run) for _, _, run in prefill.runs)
-        return [
-            end - 1
-            for end, (sequence, _, _) in zip(behind, prefill.runs, strict=True)
-            if sequence in finished
-        ]
 
     def _replayed(self, numbers: torch.Tensor, sizes: Sizes) -> torch.Tensor:
         """The results of a decoding step that is a graph, or becomes one if it comes up again.
