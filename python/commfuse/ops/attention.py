@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from commfuse.ops._registry import Backend, Op, cpu_obstacle, define
+from commfuse.ops._registry import Backend, Op, cpu_kernel_obstacle, define
 
 
 def _fake(
@@ -56,7 +56,7 @@ def _cpu(qkv, caches, rotary, sequences, positions, heads, norms, eps):
     return _attention(qkv, *caches, *rotary, sequences, positions, *heads, *norms, eps)
 
 
-OP = Op("attention", (Backend("cpu", _cpu, cpu_obstacle),))
+OP = Op("attention", (Backend("cpu", _cpu, cpu_kernel_obstacle),))
 
 
 def attention(
