@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -32,8 +31,8 @@ PASSES = (1, 2, 4, 8)
 # the last of which sends; emulated: about as long.
 ROWS, HIDDEN = 32, 1024
 EMULATED_SECONDS = 1e-3
-STREAM = 16  # passes that follow each other, to see what a boundary adds to each
-REPEATS, ROUNDS = 25, 60
+FILLING, STREAM = 4, 16  # passes that follow each other, to see what a boundary adds to each
+REPEATS, ROUNDS = 25, 40
 NEW_TOKENS, REQUESTS, RUNS = 48, 8, 2
 PROMPT = "The harbour was quiet in the morning, and the boats"
 
@@ -102,11 +101,14 @@ def print_pipeline_table(rows: list[dict]) -> None:
         what = row["what"]
         if what == "idle":
             ours = f"{row['idle']:.1%}"
-            theirs = f"{row['formula']:.1%} by (P-1)/(m+P-1)"
+            theirs = (
+                f"{row['formula']:.1%} by (P-1)/(m+P-1); {row['of_unequal']:.2f} x what stages as "
+                "fast as these must"
+            )
             name = f"idle, {row['stages']} stages, {row['passes']} passes"
         elif what == "boundary":
-            name, ours = "a boundary, exposed", f"{row['exposed']:.0%}"
-            theirs = f"of a transfer of {row['transfer_us']:.1f} us"
+            name, ours = "a boundary, exposed", f"{row['waited_us']:.1f} us"
+            theirs = f"{row['exposed']:.0%} of a transfer of {row['transfer_us']:.1f} us"
         else:
             name = f"tokens/s, {row['requests']} requests, layers {row['layers']}"
             ours = f"{row['tokens_per_second']:.1f}"
@@ -129,6 +131,12 @@ def run_rank(options: Options) -> None:
                 print("\n".join(map(json.dumps, rows)), flush=True)
     finally:
         dist.destroy_process_group()
+
+
+def _idle_of(seconds: list[float], passes: int) -> float:
+    """As (P - 1) / (m + P - 1), of stages that take so long for a pass each: the mean of theirs."""
+    total = sum(seconds) + (passes - 1) * max(seconds)
+    return 1 - passes * sum(seconds) / len(seconds) / total
 
 
 class _Stages:
@@ -174,12 +182,12 @@ class _Stages:
         else:
             ops.matmul_send(x, self.last, self.target)
 
-    def _run(self, work: Callable[[], None], count: int) -> tuple[float, list[float]]:
-        """(seconds until the last stage has done it ``count`` times, what each stage waited)."""
+    def _run(self, count: int) -> tuple[float, list[float]]:
+        """(seconds until the last stage has done ``count`` passes, what each stage waited)."""
         self.comm.barrier()
         before, begin = self.comm.statistics().communication_seconds, time.monotonic()
         for _ in range(count):
-            work()
+            self._pass()
         waited = self.comm.statistics().communication_seconds - before
         every = gather((begin, time.monotonic(), waited), self.comm)
         begins, ends, waits = zip(*every, strict=True)
@@ -189,15 +197,17 @@ class _Stages:
         return last - min(begins), idle
 
     def rows(self) -> list[dict]:
-        """Of each number of passes, how long stages wait; of a stream, what a boundary adds."""
+        """Of each number of passes, how long stages wait; of a boundary, what it adds."""
         for _ in range(3):
-            self._run(self._pass, 4)
+            self._run(4)
         rows = []
         for passes in PASSES:
-            idle = []
+            idle, of_unequal = [], []
             for _ in range(REPEATS):
-                seconds, waited = self._run(self._pass, passes)
+                seconds, waited = self._run(passes)
                 idle.append([each / seconds for each in waited])
+                least = _idle_of([(seconds - each) / passes for each in waited], passes)
+                of_unequal.append(np.mean(idle[-1]) / least)
             of_stage = np.median(np.array(idle), axis=0)
             formula = bubble(self.comm.world_size, passes)
             rows.append(
@@ -208,37 +218,42 @@ class _Stages:
                     idle_of_stage=[round(float(part), 4) for part in of_stage],
                     formula=round(formula, 4),
                     of_formula=round(float(of_stage.mean() / formula), 4),
+                    of_unequal=round(float(np.median(of_unequal)), 4),
                 )
             )
         return [*rows, self._boundary()]
 
     def _boundary(self) -> dict:
-        """What a boundary adds to a pass while another one is computed."""
-        works = {"alone": self._compute, "streamed": self._pass}
-        times = {(name, count): [] for name in works for count in (STREAM, 2 * STREAM)}
-        own = []
-        for _ in range(ROUNDS):  # they take turns: a drift of the machine hits all alike
-            for (name, count), taken in times.items():
-                taken.append(self._run(works[name], count)[0])
+        """What a boundary keeps the stage behind it from computing, and what a transfer takes."""
+        waits, own = [], []
+        for _ in range(ROUNDS):  # they take turns: a drift of the machine hits both alike
+            waits.append(self._steady())
             own.append(self._transfer())
-
-        def fast(taken: list[float]) -> float:
-            """Whoever else is at work only ever adds time, and more than a boundary does."""
-            return float(np.percentile(taken, 20))
-
-        # What fills and drains is in the short stream as in the long one.
-        compute, each = (
-            (fast(times[name, 2 * STREAM]) - fast(times[name, STREAM])) / STREAM for name in works
-        )
-        transfer = fast(own)
+        waited, transfer = float(np.median(waits)), float(np.median(own))
         return self._row(
             "boundary",
             bytes=self.x.nbytes,
-            compute_us=round(compute * 1e6, 2),
-            pass_us=round(each * 1e6, 2),
+            waited_us=round(waited * 1e6, 2),
             transfer_us=round(transfer * 1e6, 2),
-            exposed=round((each - compute) / transfer, 4),
+            exposed=round(waited / transfer, 4),
         )
+
+    def _steady(self) -> float:
+        """Seconds of a pass that the last stage spends on messages, when the pipeline is full.
+
+        It has more to compute than the stage before it. Equal ones would wait for each other
+        whenever one of them is held up, however fast the way between them.
+        """
+        last = self.target is None
+        self.comm.barrier()
+        for count in (FILLING, STREAM):
+            before = self.comm.statistics().communication_seconds
+            for _ in range(count):
+                self._pass()
+                if last:
+                    self._compute()
+        waited = self.comm.statistics().communication_seconds - before
+        return gather(waited, self.comm)[-1] / STREAM
 
     def _transfer(self) -> float:
         """Seconds of one message from the first stage to the second, alone."""

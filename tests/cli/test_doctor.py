@@ -36,7 +36,7 @@ def test_reports_on_three_ranks():
     assert len({rank["process"] for rank in job["ranks"]}) == 3
     shared, local = "shared memory", "local"
     assert job["transports"] == [[local if a == b else shared for b in range(3)] for a in range(3)]
-    assert job["sums_are_right"]
+    assert job["sums_are_right"] and job["transport"] == shared
     assert {name: found["backend"] for name, found in job["backends"].items()} == dict.fromkeys(
         (*ops.OP_NAMES, *ops.CHANNEL_OP_NAMES), "cpu"
     )

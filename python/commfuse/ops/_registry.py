@@ -136,8 +136,8 @@ _LOCAL_CHOICES: dict[Any, Callable[..., Any]] = {}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # that our kernels take
 
 
-def cpu_obstacle(comm: Communicator | None, query: Query) -> str | None:
-    """Why our C++ kernels for the CPU cannot serve a query, or None."""
+def cpu_kernel_obstacle(comm: Communicator | None, query: Query) -> str | None:
+    """Why our C++ kernels that need no communicator cannot serve a query, or None."""
     if query.device != "cpu":
         return f"runs on the CPU, not on {query.device}"
     if _extension.module is None:
@@ -146,6 +146,13 @@ def cpu_obstacle(comm: Communicator | None, query: Query) -> str | None:
         return f"takes bfloat16, float16 and float32, not {query.dtype}"
     if query.packed is False:
         return "takes weights packed by commfuse.ops.pack_weight"
+    return None
+
+
+def cpu_obstacle(comm: Communicator | None, query: Query) -> str | None:
+    """Why our C++ kernels for the CPU cannot serve a query, or None."""
+    if why := cpu_kernel_obstacle(comm, query):
+        return why
     if comm is not None and comm.world_size > 1 and comm.transport != SHARED_MEMORY:
         return f"needs shared memory between the ranks; their transport is {comm.transport}"
     return None

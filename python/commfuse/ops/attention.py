@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from commfuse.ops._registry import Backend, Op, cpu_obstacle, define
+from commfuse.ops._registry import Backend, Op, cpu_kernel_obstacle, define
 from commfuse.ops._triton import triton_local_obstacle
 
 
@@ -65,7 +65,7 @@ def _triton(qkv, caches, rotary, sequences, positions, heads, norms, eps, span):
 
 OP = Op(
     "attention",
-    (Backend("cpu", _cpu, cpu_obstacle), Backend("triton", _triton, triton_local_obstacle)),
+    (Backend("cpu", _cpu, cpu_kernel_obstacle), Backend("triton", _triton, triton_local_obstacle)),
 )
 
 

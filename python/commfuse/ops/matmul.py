@@ -11,7 +11,7 @@ from commfuse import _extension
 from commfuse.ops._registry import (
     Backend,
     Op,
-    cpu_obstacle,
+    cpu_kernel_obstacle,
     cuda_kernel_obstacle,
     define,
     torch_obstacle,
@@ -151,7 +151,7 @@ def _torch(x, w, bias, float32_out):
 OP = Op(
     "matmul",
     (
-        Backend("cpu", _cpu, cpu_obstacle),
+        Backend("cpu", _cpu, cpu_kernel_obstacle),
         Backend("cuda", _cuda, cuda_kernel_obstacle),
         Backend("torch", _torch, torch_obstacle),
     ),
