@@ -85,6 +85,8 @@ def _run(
     program = next(found for found in map(shutil.which, _PROGRAMS) if found)
     command = [program, "--headless", "--disable-gpu", "--hide-scrollbars", *options]
     command += [f"--user-data-dir={folder}/profile", f"--window-size={WIDTH},{height}"]
+    # A container's /dev/shm may be too small for a page.
+    command.append("--disable-dev-shm-usage")
     # Nothing is to come from elsewhere: every name leads nowhere.
     command += ["--host-resolver-rules=MAP * ~NOTFOUND"]
     if os.geteuid() == 0:
