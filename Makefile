@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH ?=
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 ARGS ?=
-OPS ?= all_reduce matmul_all_reduce reduce_scatter all_gather verify_chain vocab_parallel_sample
+OPS ?= all_reduce matmul_all_reduce reduce_scatter all_gather verify
 
 # The machine's own Python and compiler: a GPU machine may have no network to make .venv from, and
 # a g++ of another toolkit on PATH may link the C++ library statically, which setup.py refuses.
