@@ -85,7 +85,8 @@ def sdist(copied, tmp_path_factory) -> Path:
     succeed(*setup, cwd=copied, PYTHONPATH=hidden)
     (archive,) = folder.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
-        tar.extractall(folder, filter="data")
+        tar.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.4 and later
+        tar.extractall(folder)
     return folder / archive.name.removesuffix(".tar.gz")
 
 

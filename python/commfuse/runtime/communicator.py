@@ -152,7 +152,7 @@ class Communicator:
             )
         if self.device.type == "cuda" and not link is link_inside is host is None:
             raise UsageError("links and hosts are emulated between CPU ranks only")
-        self.group = group
+        self._group = group
         self.rank = dist.get_rank(group) if group is not None else 0
         self.world_size = dist.get_world_size(group) if group is not None else 1
         self.timeout = timeout
@@ -339,6 +339,17 @@ class Communicator:
             return native.Communicator.serve(server, self.timeout, latency_ns, bytes_per_ns)
         address, place = addresses[members[0]], members.index(self.rank)
         return native.Communicator.connect(address, place, self.timeout, latency_ns, bytes_per_ns)
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The process group, or None for a process by itself.
+
+        Raises:
+            CommunicatorClosed: it belongs to torch alone again.
+        """
+        if self._group is None and self.world_size > 1:
+            raise CommunicatorClosed("this communicator is closed; make a new Communicator")
+        return self._group
 
     @property
     def handle(self) -> int:
@@ -604,6 +615,9 @@ class Communicator:
                 for buffer in shared:
                     if buffer is not None:
                         buffer.close()
+                # Or torch's destroy_process_group() would leave the group's threads running, which
+                # must not be when the interpreter ends.
+                self._group = None
 
     def __enter__(self) -> Communicator:
         return self

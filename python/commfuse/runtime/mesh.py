@@ -14,13 +14,13 @@ from commfuse.runtime.communicator import Communicator
 from commfuse.runtime.link import Link
 
 
-@dataclass(frozen=True)
+@dataclass
 class Mesh:
     """A pp x tp mesh of ranks, and this rank's communicators in it.
 
     Attributes:
         device_mesh: torch's mesh, dimensions ``("pp", "tp")``; None for a single process that was
-            started without a launcher.
+            started without a launcher, and once it is closed.
         tp: over the ranks that split each layer.
         pp: over the ranks that split the layers.
     """
@@ -30,9 +30,10 @@ class Mesh:
     pp: Communicator
 
     def close(self) -> None:
-        """Closes both communicators."""
+        """Closes both communicators, and lets go of torch's process groups."""
         self.tp.close()
         self.pp.close()
+        self.device_mesh = None
 
     def __enter__(self) -> Mesh:
         return self
