@@ -174,6 +174,12 @@ def test_prompts_may_be_cut_anywhere(unusual):
         assert all(rank[f"passes of {rows}"] == rank["whole"] for rows in (1, 2, 7, 19, 49))
 
 
+def test_a_callback_that_fails_leaves_nothing_behind(unusual):
+    for rank in unusual:
+        for rows in (1, 2, 7, 19, 49):
+            assert rank[f"after a failed callback, passes of {rows}"] == rank["whole"]
+
+
 @pytest.mark.parametrize(
     ("case", "message"),
     [

@@ -86,6 +86,16 @@ def unusual(path: str) -> dict:
         for rows in (1, 2, 7, 19, 49):
             engine.PREFILL_ROWS = rows
             results[f"passes of {rows}"] = generator.generate(prompts, 8, draft_length=2)[0]
+
+            def refuse(index, tokens):
+                raise KeyError(index)
+
+            try:
+                generator.generate(prompts, 8, on_tokens=refuse)
+            except KeyError:
+                results[f"after a failed callback, passes of {rows}"] = generator.generate(
+                    prompts, 8
+                )[0]
         for name, arguments in {
             "no prompts": ([], 5),
             "an empty prompt": ([[1], []], 5),

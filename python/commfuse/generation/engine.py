@@ -128,6 +128,9 @@ class Generator:
             UsageError: an empty prompt, or one that fills the context; options for another number
                 of prompts; more drafts than fit a message between stages.
             CommunicatorError: a rank failed; see :mod:`commfuse.errors`.
+
+        After an exception a model in one stage can generate again, if all its ranks raised it; one
+        in several stages cannot, since messages between them are still under way.
         """
         requests = self._requests(prompts, max_new_tokens, draft_length)
         if sampling is None:
@@ -140,7 +143,11 @@ class Generator:
         longest = max(len(r.tokens) + r.limit for r in requests)
         with self.steps.stream():
             self.steps.begin(longest, sampling, draft_length or 0, log_probabilities)
-            statistics = self._continue(groups, frozenset(stop_ids), on_tokens, on_span)
+            try:
+                statistics = self._continue(groups, frozenset(stop_ids), on_tokens, on_span)
+            except BaseException:
+                self.pipeline.abandon()
+                raise
         return Generation(
             [request.output for request in requests],
             statistics,

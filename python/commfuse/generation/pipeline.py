@@ -62,6 +62,7 @@ class Pipeline:
                 "where the one before ends; cut the model alike on all ranks"
             )
         self.passes = min(2 * stages, MOST_SLOTS)
+        self._abandoned = False
         self._mine: deque[torch.Tensor] = deque()  # the last stage's results, until they are due
         self._forward: dict[int, Channel] = {}  # by the stage where they begin
         self._results: dict[int, Channel] = {}
@@ -87,7 +88,16 @@ class Pipeline:
         return self._forward.get(self.stage.index)
 
     def expect(self, rows: int) -> None:
-        """Asks for the residual of a pass before its turn, so that it can arrive meanwhile."""
+        """Asks for the residual of a pass before its turn, so that it can arrive meanwhile.
+
+        Raises:
+            UsageError: passes were abandoned.
+        """
+        if self._abandoned:
+            raise UsageError(
+                "a generation has failed midway, and its messages are still between the stages: "
+                "make a new Pipeline, over a new communicator"
+            )
         if self.source is not None:
             self.source.post(rows)
 
@@ -108,6 +118,11 @@ class Pipeline:
         results = ops.recv(rows, channel).view(torch.int64)
         self._pass_on(results)
         return results
+
+    def abandon(self) -> None:
+        """Forgets the passes under way; what is under way between stages stays there."""
+        self._mine.clear()
+        self._abandoned = self.stage.count > 1
 
     def _pass_on(self, results: torch.Tensor) -> None:
         if self.stage.index in self._results:

@@ -166,6 +166,7 @@ class ParallelAttention(ShardedGroup):
             self.heads,
             self.norm_weights,
             self.eps,
+            span=placement.span,
         )
         return self.output(heads, residual, norm_weight, self.eps)
 

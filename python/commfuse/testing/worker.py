@@ -6,6 +6,7 @@ import importlib.util
 import os
 import pickle
 import sys
+from multiprocessing import forkserver
 from pathlib import Path
 
 import torch
@@ -16,6 +17,8 @@ from commfuse.runtime import launch
 
 def main(target: str, folder: str, environment: dict[str, str]) -> None:
     """Loads the target by its path, calls it, and leaves its result and output in the folder."""
+    # The server ends once nobody holds this any more, and this process with it: see join_job.
+    os.close(forkserver._forkserver._forkserver_alive_fd)
     os.environ.clear()
     os.environ.update(environment)
     # The server that this process was forked from, not the process that asked for it.
