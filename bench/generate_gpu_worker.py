@@ -48,6 +48,7 @@ def run_commfuse(job: Job) -> dict | None:
     import torch
     import torch.distributed as dist
 
+    from commfuse.bench.generate_worker import Clock
     from commfuse.bench.provenance import gpu_provenance
     from commfuse.bench.timing import gather
     from commfuse.errors import CommfuseError
@@ -164,23 +165,11 @@ def run_transformers(job: Job) -> dict:
     """That library's ``generate`` with a static cache, which it compiles, on a GPU."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, logging
-    from transformers.generation.streamers import BaseStreamer
 
+    from commfuse.bench.generate_worker import Clock
     from commfuse.bench.provenance import gpu_provenance
     from commfuse.runtime import launch
     from commfuse.runtime.communicator import Communicator
-
-    class Clock(BaseStreamer):
-        """The time at which each token came; the first call brings the prompt."""
-
-        def __init__(self):
-            self.times: list[float] = []
-
-        def put(self, value) -> None:
-            self.times.append(time.perf_counter())
-
-        def end(self) -> None:
-            pass
 
     logging.set_verbosity_error()
     device = launch.use_gpu() if job.device == "cuda" else torch.device("cpu")

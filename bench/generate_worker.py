@@ -190,22 +190,22 @@ def _generate(generator, task: Task, new_tokens: int | None = None) -> dict:
     }
 
 
+class Clock:
+    """A streamer of transformers: the time of each token; the first call brings the prompt."""
+
+    def __init__(self):
+        self.times: list[float] = []
+
+    def put(self, value) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
 def _run_transformers(job: Job) -> dict:
     import torch
     from transformers import AutoModelForCausalLM, logging
-    from transformers.generation.streamers import BaseStreamer
-
-    class Clock(BaseStreamer):
-        """The time at which each token came; the first call brings the prompt."""
-
-        def __init__(self):
-            self.times: list[float] = []
-
-        def put(self, value) -> None:
-            self.times.append(time.perf_counter())
-
-        def end(self) -> None:
-            pass
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -90,7 +90,7 @@ def _inputs(m: int, n: int, k: int, dtype, world: int, seed: int):
     return xs, ws, {"bias": random(n), "residual": random(m, n), "norm_weight": random(n)}
 
 
-def _composition(xs, ws, bias=None, residual=None, norm_weight=None):
+def composition(xs, ws, bias=None, residual=None, norm_weight=None):
     total = F.linear(xs[0], ws[0])
     for x, w in zip(xs[1:], ws[1:], strict=True):
         total = total + F.linear(x, w)
@@ -117,7 +117,7 @@ def uneven_matmul_all_reduce(all_sizes: bool) -> tuple[list[str], dict[str, str]
                       if on and not (name == "norm_weight" and n == 1)}  # fmt: skip
             expected = reference(xs, ws, **chosen, eps=EPS)
             expected = expected if isinstance(expected, tuple) else (expected,)
-            plain = _composition(xs, ws, **chosen)
+            plain = composition(xs, ws, **chosen)
             packed = ops.pack_weight(ws[comm.rank])
             runs = [("cpu", packed)]
             if seed % 5 == 0:

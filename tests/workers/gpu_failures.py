@@ -1,6 +1,5 @@
 """On every rank, with a GPU: calls that fail, and what is left afterwards."""
 
-import importlib.util
 import time
 from pathlib import Path
 
@@ -8,17 +7,9 @@ import torch
 
 from commfuse import ops
 from commfuse.runtime import launch
+from commfuse.testing.worker import load
 
-
-def _load(name: str):
-    path = Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-GPU = _load("gpu")
+GPU = load(Path(__file__).with_name("gpu.py"))
 
 
 def alive(device: torch.device) -> bool:

@@ -1,6 +1,5 @@
 """On every rank, with a GPU: calls that follow one another, in graphs and with late ranks."""
 
-import importlib.util
 import itertools
 from pathlib import Path
 
@@ -10,17 +9,9 @@ import torch.nn.functional as F
 from commfuse import ops
 from commfuse.bench.timing import gather
 from commfuse.testing.numerics import digest
+from commfuse.testing.worker import load
 
-
-def _load(name: str):
-    path = Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-GPU = _load("gpu")
+GPU = load(Path(__file__).with_name("gpu.py"))
 
 
 def replays(comm, triton_dtypes) -> GPU.Found:

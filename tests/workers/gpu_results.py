@@ -2,7 +2,6 @@
 results.
 """
 
-import importlib.util
 import itertools
 from pathlib import Path
 
@@ -17,17 +16,11 @@ from commfuse.testing.adapters import adapter_of
 from commfuse.testing.cases import CASES, EDGE, MORE, QUICK
 from commfuse.testing.gpu_cases import gpu_cases_of
 from commfuse.testing.numerics import digest
+from commfuse.testing.worker import load
 
-
-def _load(name: str):
-    path = Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-GPU, ORDER, CORRIDOR = _load("gpu"), _load("gpu_order"), _load("corridor")
+GPU, ORDER, CORRIDOR = (
+    load(Path(__file__).with_name(f"{name}.py")) for name in ("gpu", "gpu_order", "corridor")
+)
 ON_GPU = (
     "all_reduce",
     "all_reduce_rms_norm",
@@ -194,7 +187,7 @@ def uneven(comm, triton_dtypes) -> GPU.Found:
             if on and not (name == "norm_weight" and n == 1)
         }
         expected = GPU.tuple_of(matmul_all_reduce_reference(xs, ws, **chosen, eps=GPU.EPS))
-        plain = _composition(xs, ws, **chosen)
+        plain = CORRIDOR.composition(xs, ws, **chosen)
         whole_vectors = all(k * dtype.itemsize % 16 == 0 for k in ks)
         turn = GPU.in_turn(comm, seed, 21)
         for backend in GPU.backends_of("matmul_all_reduce", dtype, turn):
@@ -220,17 +213,6 @@ def uneven(comm, triton_dtypes) -> GPU.Found:
                     failures.append(f"{label}: small integers are not exact")
     wrong, digests = judge.verdict()
     return failures + wrong + GPU.differing(digests, comm)
-
-
-def _composition(xs, ws, bias=None, residual=None, norm_weight=None):
-    total = F.linear(xs[0], ws[0])
-    for x, w in zip(xs[1:], ws[1:], strict=True):
-        total = total + F.linear(x, w)
-    for addend in (bias, residual):
-        total = total if addend is None else total + addend
-    if norm_weight is None:
-        return (total,)
-    return F.rms_norm(total, norm_weight.shape, norm_weight, GPU.EPS), total
 
 
 ROWS = (1, 2, 5, 7, 8, 9, 16, 17, 31, 32, 33, 48, 63, 64)

@@ -4,7 +4,6 @@ Both draw by the same noise from the same logits; weights differ in their last b
 about one token in a hundred thousand. Inputs are fixed, so that the tokens must be the same.
 """
 
-import importlib.util
 import time
 import traceback
 from pathlib import Path
@@ -17,17 +16,9 @@ from commfuse.nn.sharding import shard_vocabulary
 from commfuse.runtime import launch
 from commfuse.runtime.communicator import Communicator
 from commfuse.testing.numerics import digest
+from commfuse.testing.worker import load
 
-
-def _load(name: str):
-    path = Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-GPU = _load("gpu")
+GPU = load(Path(__file__).with_name("gpu.py"))
 DTYPES, MILLISECOND = GPU.DTYPES, GPU.MILLISECOND
 OPS = torch.ops.commfuse
 Found = list[str]

@@ -8,11 +8,24 @@ import pickle
 import sys
 from multiprocessing import forkserver
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
 
 from commfuse.runtime import launch
+
+
+def load(path: Path) -> ModuleType:
+    """A module from its file, which need not be in a package.
+
+    Example:
+        >>> GPU = load(Path(__file__).with_name("gpu.py"))
+    """
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def main(target: str, folder: str, environment: dict[str, str]) -> None:
@@ -31,9 +44,7 @@ def main(target: str, folder: str, environment: dict[str, str]) -> None:
     path, _, name = target.rpartition(":")
     torch.set_num_threads(1)
     launch.join_job()
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load(Path(path))
     args = pickle.loads(Path(folder, "arguments").read_bytes())
     result = getattr(module, name)(*args)
     Path(folder, os.environ["RANK"]).write_bytes(pickle.dumps(result))
