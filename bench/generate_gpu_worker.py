@@ -48,7 +48,6 @@ def run_commfuse(job: Job) -> dict | None:
     import torch
     import torch.distributed as dist
 
-    from commfuse.bench.generate_worker import Clock
     from commfuse.bench.provenance import gpu_provenance
     from commfuse.bench.timing import gather
     from commfuse.errors import CommfuseError
