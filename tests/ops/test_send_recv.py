@@ -1,4 +1,4 @@
-"""Messages between two ranks: exact, in order, never overrun, and their failures named."""
+"""send, recv, matmul_send and recv_matmul: exact, in order, never overrun; failures are named."""
 
 from pathlib import Path
 
