@@ -98,9 +98,9 @@ __device__ __forceinline__ void finish_segment(float (&acc)[kRows / 8][4],
     compute_barrier();
     if (*flag != static_cast<uint32_t>(splits - 1)) return;
     if (thread == 0) shape.counters[number] = 0;  // for the next call
-    // As many on the way at once as registers hold: 24 loads of each thread.
+    // As many on the way at once as registers hold: 16 loads of each thread.
     constexpr int kGroup = kRows >= 32 ? 4 : kRows / 8;
-    constexpr int kParts = kGroup == 1 ? kMaxSplits : 24 / kGroup;
+    constexpr int kParts = 16 / kGroup;
 #pragma unroll
     for (int first = 0; first < kRows / 8; first += kGroup) {
 #pragma unroll
@@ -171,6 +171,11 @@ struct StoreTiles {
 
 constexpr int kSubChunk = 64;  // k of one swizzled row of 128 bytes
 constexpr int kHopperThreads = kComputeThreads + 32;
+// Two blocks of so many threads leave 128 registers each. A quarter of a multiprocessor, which has
+// a quarter of its registers, holds two of this kernel's five warps; with more registers the
+// exchange that follows (four warps of 64 registers in every quarter) would not fit beside them. It
+// would begin when the GEMM has left, and the next GEMM when the exchange has.
+constexpr int kHopperRegisterThreads = 256;
 
 template <int kRows>
 struct HopperStage {
@@ -309,7 +314,7 @@ struct RingPosition {
 // (Clusters of two blocks that share what they fetch of x lose: on an H100 not all of its
 // multiprocessors pair up, and a second wave of blocks follows, 37 against 25 us at M = 32.)
 template <class T, int kRows, class Epilogue>
-__global__ void __launch_bounds__(kHopperThreads, 2)
+__global__ void __launch_bounds__(kHopperRegisterThreads, 2)
     matmul_hopper(const __grid_constant__ CUtensorMap weights,
                   const __grid_constant__ CUtensorMap x, const __grid_constant__ MatmulShape shape,
                   const __grid_constant__ Epilogue epilogue) {

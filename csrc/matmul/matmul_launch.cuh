@@ -106,7 +106,11 @@ class MatmulLaunch {
     constexpr int kMaxStages = 24;
     const int most = plan.chunks * plan.rounds +
                      plan.parts_per_block * static_cast<int>(divide_up(plan.chunks, plan.splits));
-    static const int limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    // The exchange that follows has to fit beside (kHopperRegisterThreads): 1 KB that every block
+    // takes, and what it declares.
+    constexpr int kCompanionBytes = 2048;
+    static const int limit =
+        device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kCompanionBytes;
     shape_.stages = std::min(kMaxStages, most);
     while (hopper_shared_bytes<kRows>(shape_.stages) > limit) --shape_.stages;
     const int bytes = hopper_shared_bytes<kRows>(shape_.stages);
