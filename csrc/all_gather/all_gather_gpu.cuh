@@ -10,7 +10,7 @@ namespace commfuse::gpu {
 // The message of rank r goes to out + r * stride. T has the elements' size: their alignment is all
 // that is known of it.
 template <class T, int kWorld>
-__global__ void __launch_bounds__(kMostLineThreads)
+__global__ void __launch_bounds__(most_threads(kWorld))
     all_gather_by_lines(const __grid_constant__ Workspace workspace,
                         const __grid_constant__ Announcement announcement, const T* x, T* out,
                         int64_t stride, int64_t n) {
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kMostLineThreads)
 }
 
 template <class T, int kWorld>
-__global__ void __launch_bounds__(512)
+__global__ void __launch_bounds__(most_threads(kWorld))
     all_gather_in_bulk(const __grid_constant__ Workspace workspace,
                        const __grid_constant__ Announcement announcement, const T* x, T* out,
                        int64_t stride, int64_t n) {

@@ -17,7 +17,7 @@ namespace commfuse::gpu {
 
 // One-shot. The threads of all blocks deal out the packs; each sends its packs and adds what comes.
 template <class T, int kWorld>
-__global__ void __launch_bounds__(kMostLineThreads, 2)
+__global__ void __launch_bounds__(most_threads(kWorld), 2)
     all_reduce_one_shot(const __grid_constant__ Workspace workspace,
                         const __grid_constant__ Announcement announcement, const T* x,
                         const T* residual, T* out, int64_t n, bool successor_early) {
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kMostLineThreads, 2)
 
 // Two-shot by lines. Pack d * part + j belongs to part d; one thread handles pack j of all parts.
 template <class T, int kWorld>
-__global__ void __launch_bounds__(kMostLineThreads, 2)
+__global__ void __launch_bounds__(most_threads(kWorld), 2)
     all_reduce_two_shot(const __grid_constant__ Workspace workspace,
                         const __grid_constant__ Announcement announcement, const T* x,
                         const T* residual, T* out, int64_t n, bool successor_early) {
@@ -150,7 +150,7 @@ struct PeerTensor {
 // and lies there already, and the sum from x to `out` last. Such a kernel may run behind a GEMM,
 // and uses half of a multiprocessor's registers.
 template <class T, int kWorld, bool kStaged>
-__global__ void __launch_bounds__(512, kStaged ? 2 : 1)
+__global__ void __launch_bounds__(most_threads(kWorld), kStaged ? 2 : 1)
     all_reduce_bulk(const __grid_constant__ Workspace workspace,
                     const __grid_constant__ Announcement announcement,
                     const __grid_constant__ PeerTensor x, const T* from, const T* residual, T* out,
@@ -188,19 +188,31 @@ __global__ void __launch_bounds__(512, kStaged ? 2 : 1)
   const Units<const T> addend(residual, n);
   const Units<T> to(out, n);
   const int64_t base = rank * part;
-#pragma unroll(kWorld < 8 || !kStaged ? 2 : 1)
-  for (int64_t unit = base + begin + threadIdx.x; unit < min(units, base + end);
-       unit += blockDim.x) {
-    UnitSum<T, kWorld> sum;
-    sum.load(world, [&](int s) { return at(s) + unit; });
-    uint4 more;
-    if (kStaged && residual) more = addend.load(unit);
-    const uint4 total = sum.total(world, kStaged && residual ? &more : nullptr);
+  // So many units of every rank on the way at once: left to itself, the compiler keeps each load
+  // behind the stores before it, which may alias.
+  constexpr int kAtOnce = kStaged ? 4 : 8, kBatch = kWorld < kAtOnce ? kAtOnce / kWorld : 1;
+  const int64_t last = min(units, base + end), step = blockDim.x;
+  for (int64_t first = base + begin + threadIdx.x; first < last; first += kBatch * step) {
+    UnitSum<T, kWorld> sum[kBatch];
+    uint4 more[kBatch];
 #pragma unroll
-    for (int p = 0; p < kWorld; ++p) {
-      if (p < world && !(kStaged && p == rank)) at(p)[unit] = total;
+    for (int k = 0; k < kBatch; ++k) {
+      const int64_t unit = first + k * step;
+      if (unit >= last) continue;
+      sum[k].load(world, [&](int s) { return at(s) + unit; });
+      if (kStaged && residual) more[k] = addend.load(unit);
     }
-    if (kStaged) to.store(unit, total);
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      const int64_t unit = first + k * step;
+      if (unit >= last) continue;
+      const uint4 total = sum[k].total(world, kStaged && residual ? &more[k] : nullptr);
+#pragma unroll
+      for (int p = 0; p < kWorld; ++p) {
+        if (p < world && !(kStaged && p == rank)) at(p)[unit] = total;
+      }
+      if (kStaged) to.store(unit, total);
+    }
   }
   exchange.publish(1, announcement.tag);
   if (!exchange.await(1, announcement.tag)) return;

@@ -39,17 +39,18 @@ struct Grid {
 inline Grid line_grid(int64_t bytes, const CallSite& site) {
   const int64_t packs = std::max<int64_t>(1, (bytes + 7) / 8);
   int threads = 128;
-  while (threads < kMostLineThreads && threads * int64_t{site.max_blocks} < packs) threads *= 2;
+  while (threads < most_threads(site.workspace.world) && threads * int64_t{site.max_blocks} < packs)
+    threads *= 2;
   const int64_t blocks = std::min<int64_t>((packs + threads - 1) / threads, site.max_blocks);
   return {static_cast<int>(blocks), threads, site.stream};
 }
 
 // A unit (16 bytes) for each thread, likewise.
 inline Grid bulk_grid(int64_t bytes, const CallSite& site) {
-  constexpr int kThreads = 512;
+  const int threads = most_threads(site.workspace.world);
   const int64_t units = std::max<int64_t>(1, (bytes + 15) / 16);
-  const int64_t blocks = std::min<int64_t>((units + kThreads - 1) / kThreads, site.max_blocks);
-  return {static_cast<int>(blocks), kThreads, site.stream};
+  const int64_t blocks = std::min<int64_t>((units + threads - 1) / threads, site.max_blocks);
+  return {static_cast<int>(blocks), threads, site.stream};
 }
 
 template <class... Parameters, class... Arguments>

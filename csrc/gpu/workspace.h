@@ -31,9 +31,10 @@ constexpr int kMaxGrid = 256;  // blocks that wait must all run at once
 // Lines of one source: flag-in-data doubles the bytes, so it is for messages that cost latency
 // rather than bandwidth.
 constexpr int64_t kLineBytes = 4 << 20;
-// Of a block that exchanges lines: at 64 registers each, half of a multiprocessor's. A block of the
+// Of a block that exchanges with so many ranks. Behind a GEMM it takes half of the registers: 64
+// for each of 512 threads, or 128 for 256, which what comes of eight ranks needs. A block of the
 // next GEMM finds room beside it.
-constexpr int kMostLineThreads = 512;
+constexpr int most_threads(int world) { return world <= 4 ? 512 : 256; }
 constexpr int64_t kSquares = 64 * 1024;  // floats
 constexpr int kMaxTiles = 4096;          // of 64 columns
 constexpr int kMaxRequests = 1024;       // whose tokens one launch draws

@@ -9,7 +9,7 @@ namespace commfuse::gpu {
 
 // Chunk d begins at x + d * stride; n elements of each take part.
 template <class T, int kWorld>
-__global__ void __launch_bounds__(kMostLineThreads)
+__global__ void __launch_bounds__(most_threads(kWorld))
     reduce_scatter_by_lines(const __grid_constant__ Workspace workspace,
                             const __grid_constant__ Announcement announcement, const T* x,
                             int64_t stride, T* out, int64_t n) {
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kMostLineThreads)
 }
 
 template <class T, int kWorld>
-__global__ void __launch_bounds__(512)
+__global__ void __launch_bounds__(most_threads(kWorld))
     reduce_scatter_in_bulk(const __grid_constant__ Workspace workspace,
                            const __grid_constant__ Announcement announcement, const T* x,
                            int64_t stride, T* out, int64_t n) {
