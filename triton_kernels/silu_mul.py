@@ -55,5 +55,6 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     out = gate_up.new_empty(rows, features)
     if out.numel():
         grid = (rows, triton.cdiv(features, BLOCK))
-        silu_mul_kernel[grid](gate_up, out, features, BLOCK=BLOCK, num_warps=4)
+        with torch.cuda.device_of(gate_up):
+            silu_mul_kernel[grid](gate_up, out, features, BLOCK=BLOCK, num_warps=4)
     return out
