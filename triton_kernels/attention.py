@@ -16,7 +16,7 @@ import triton.language as tl
 
 from commfuse.errors import UsageError
 
-from .arguments import check_device, check_like
+from .arguments import check_device, check_like, overlap, wait_for_predecessor
 from .numerics import dot, from_float32, inverse_root_mean_square, to_float32
 from .workspace import DTYPES
 
@@ -38,9 +38,10 @@ def append_kernel(
     sequences, positions,  # int64 [rows]
     q_norm, k_norm,  # [dim] or None
     heads, kv_heads, max_length, dim, eps,
-    HALF: tl.constexpr,
+    HALF: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows, heads + kv_heads): normalises and rotates a head of Q or K, and copies V's."""
+    wait_for_predecessor(OVERLAP, False)
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     sequence, position = tl.load(sequences + row), tl.load(positions + row)
     half = dim // 2
@@ -126,9 +127,10 @@ def decode_kernel(
     sums,  # float32 [rows, heads, parts, 2]: largest score, sum of weights; written
     heads, kv_heads, head_offset, group, max_length, dim, scale,
     GROUP: tl.constexpr, PART: tl.constexpr, MOST_PARTS: tl.constexpr, KEYS: tl.constexpr,
-    DIM: tl.constexpr,
+    DIM: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows, kv_heads, parts): the queries of a KV head over one part of their keys."""
+    wait_for_predecessor(OVERLAP, True)
     row, kv, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     parts = tl.num_programs(2)
     position = tl.load(positions + row).to(tl.int32)
@@ -163,8 +165,10 @@ def join_kernel(
     out,  # [rows, heads * dim], written
     heads, parts, dim,
     PART: tl.constexpr, MOST_PARTS: tl.constexpr, AT_ONCE: tl.constexpr, DIM: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows, heads): one head's output from its parts, always in the same order."""
+    wait_for_predecessor(OVERLAP, True)
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     position = tl.load(positions + row).to(tl.int32)
     count = position // _part_length(position, PART, MOST_PARTS) + 1
@@ -196,8 +200,10 @@ def prefill_kernel(
     out,  # [rows, heads * dim], written
     rows, heads, kv_heads, head_offset, group, max_length, dim, scale,
     ROWS: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows / ROWS, kv_heads): the queries of a KV head in ROWS rows, sequence by sequence."""
+    wait_for_predecessor(OVERLAP, True)
     first, kv = tl.program_id(0) * ROWS, tl.program_id(1)
     m = tl.arange(0, ROWS * GROUP)
     row, member = (first + m // GROUP).to(tl.int64), m % GROUP
@@ -287,17 +293,18 @@ def attention(
         return out
     sizes = (heads, kv_heads, head_offset, group, max_length, dim, math.log2(math.e) / dim**0.5)
     blocks = {"KEYS": keys_at_once(qkv.dtype), "DIM": padded(dim, DOT_ROWS)}
+    early = overlap(qkv)
     with torch.cuda.device_of(qkv):
         append_kernel[(rows, heads + kv_heads)](
             qkv, q, k_cache, v_cache, cos, sin, sequences, positions, q_norm, k_norm,
-            heads, kv_heads, max_length, dim, eps, HALF=padded(dim // 2), num_warps=1,
+            heads, kv_heads, max_length, dim, eps, HALF=padded(dim // 2), num_warps=1, **early,
         )  # fmt: skip
         if span is None:
             of_block = prefill_rows(group)
             prefill_kernel[(triton.cdiv(rows, of_block), kv_heads)](
                 q, k_cache, v_cache, sequences, positions, out, rows, *sizes,
                 ROWS=of_block, GROUP=padded(group, DOT_ROWS // of_block), num_warps=PREFILL_WARPS,
-                **blocks,
+                **blocks, **early,
             )  # fmt: skip
             return out
         parts = most_parts(min(span, max_length))
@@ -306,11 +313,11 @@ def attention(
         cut = {"PART": PART, "MOST_PARTS": MOST_PARTS}
         decode_kernel[(rows, kv_heads, parts)](
             q, k_cache, v_cache, sequences, positions, totals, sums, *sizes,
-            GROUP=padded(group, DOT_ROWS), num_warps=NUM_WARPS, **cut, **blocks,
+            GROUP=padded(group, DOT_ROWS), num_warps=NUM_WARPS, **cut, **blocks, **early,
         )  # fmt: skip
         join_kernel[(rows, heads)](
             totals, sums, positions, out, heads, parts, dim, AT_ONCE=PARTS_AT_ONCE,
-            DIM=padded(dim), num_warps=NUM_WARPS, **cut,
+            DIM=padded(dim), num_warps=NUM_WARPS, **cut, **early,
         )  # fmt: skip
     return out
 

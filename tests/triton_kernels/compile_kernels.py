@@ -131,6 +131,7 @@ def attending(architecture: int, dtype: torch.dtype, pointee: str):
     ):
         own = {name: kind for name, kind in signature.items() if name in kernel.arg_names}
         name = kernel.fn.__name__.removesuffix("_kernel")
+        constants = {**constants, "OVERLAP": architecture >= 90}
         yield name, compiled(architecture, kernel, own, constants, warps)
 
 
