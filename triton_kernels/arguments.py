@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 import triton
+import triton.language as tl
 
 from commfuse.errors import BackendUnavailable, UsageError
 
@@ -98,3 +100,34 @@ def check_device(kernel, x: torch.Tensor) -> None:
             "the triton backend serves CPU tensors only in Triton's interpreter: set "
             "TRITON_INTERPRET=1 in the environment before the program starts"
         )
+
+
+@triton.jit
+def wait_for_predecessor(OVERLAP: tl.constexpr, SUCCESSOR_EARLY: tl.constexpr):
+    """What a kernel begins with that may be launched before its predecessor has ended.
+
+    As that of ``csrc/gpu/protocol.cuh``. The successor may be launched from here on; with
+    SUCCESSOR_EARLY before the predecessor has ended. That is for kernels between one that lets
+    nobody start before it has waited itself and a GEMM of ours, which then fetches its weights
+    meanwhile: nothing waits for other ranks there, and the GEMM ends the row of early kernels.
+    """
+    if OVERLAP:
+        if SUCCESSOR_EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+        if not SUCCESSOR_EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
+
+
+@functools.cache
+def _can_overlap(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def overlap(x: torch.Tensor) -> dict[str, bool]:
+    """Options of a launch on the device of ``x`` that lets it start early, where GPUs can.
+
+    The kernel begins with :func:`wait_for_predecessor`.
+    """
+    can = _can_overlap(x.device)
+    return {"OVERLAP": can, "launch_pdl": can}

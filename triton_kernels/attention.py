@@ -16,11 +16,13 @@ import triton.language as tl
 
 from commfuse.errors import UsageError
 
-from .arguments import check_device, check_like
+from .arguments import check_device, check_like, overlap, wait_for_predecessor
 from .numerics import dot, from_float32, inverse_root_mean_square, to_float32
 from .workspace import DTYPES
 
-PART = 128  # keys of a block in decoding; what a row's bits depend on, so never tuned to a batch
+# Keys of a block in decoding, and into how many parts a row's are cut at most: behind that many,
+# parts double. A row's bits depend on both, so they are never tuned to a batch.
+PART, MOST_PARTS = 128, 128
 PARTS_AT_ONCE = 16  # that are joined in one step
 DOT_ROWS = 16  # the fewest that tensor cores multiply
 PREFILL_ROWS = 64  # queries of a block, rows times heads of a group
@@ -36,9 +38,10 @@ def append_kernel(
     sequences, positions,  # int64 [rows]
     q_norm, k_norm,  # [dim] or None
     heads, kv_heads, max_length, dim, eps,
-    HALF: tl.constexpr,
+    HALF: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows, heads + kv_heads): normalises and rotates a head of Q or K, and copies V's."""
+    wait_for_predecessor(OVERLAP, False)
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     sequence, position = tl.load(sequences + row), tl.load(positions + row)
     half = dim // 2
@@ -107,6 +110,15 @@ def _attend(
 
 
 @triton.jit
+def _part_length(position, PART: tl.constexpr, MOST_PARTS: tl.constexpr):
+    """Keys of a part, for a row at ``position``: a function of that alone."""
+    length = PART
+    while length <= position // MOST_PARTS:
+        length *= 2
+    return length
+
+
+@triton.jit
 def decode_kernel(
     q,  # [rows, heads * dim]
     k_cache, v_cache,  # [sequences, kv_heads, max_length, dim]
@@ -114,13 +126,16 @@ def decode_kernel(
     totals,  # float32 [rows, heads, parts, dim], written
     sums,  # float32 [rows, heads, parts, 2]: largest score, sum of weights; written
     heads, kv_heads, head_offset, group, max_length, dim, scale,
-    GROUP: tl.constexpr, PART: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr,
+    GROUP: tl.constexpr, PART: tl.constexpr, MOST_PARTS: tl.constexpr, KEYS: tl.constexpr,
+    DIM: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows, kv_heads, parts): the queries of a KV head over one part of their keys."""
+    wait_for_predecessor(OVERLAP, True)
     row, kv, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     parts = tl.num_programs(2)
-    position = tl.load(positions + row)
-    begin = part * PART
+    position = tl.load(positions + row).to(tl.int32)
+    length = _part_length(position, PART, MOST_PARTS)
+    begin = part * length
     if begin <= position:
         member = tl.arange(0, GROUP)
         # The rank's first and last group may be cut.
@@ -130,7 +145,7 @@ def decode_kernel(
         inside = valid[:, None] & (d < dim)[None, :]
         mine = tl.load(q + (row * heads + head)[:, None] * dim + d[None, :], mask=inside, other=0.0)
         base = (tl.load(sequences + row) * kv_heads + kv) * max_length * dim
-        end = tl.minimum(begin + PART, position + 1).to(tl.int32)
+        end = tl.minimum(begin + length, position + 1)
         seen = tl.where(valid, position, -1)
         total, largest, weight = _attend(
             mine, k_cache + base, v_cache + base, begin, end, seen, dim, scale,
@@ -149,11 +164,14 @@ def join_kernel(
     positions,  # int64 [rows]
     out,  # [rows, heads * dim], written
     heads, parts, dim,
-    PART: tl.constexpr, AT_ONCE: tl.constexpr, DIM: tl.constexpr,
+    PART: tl.constexpr, MOST_PARTS: tl.constexpr, AT_ONCE: tl.constexpr, DIM: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows, heads): one head's output from its parts, always in the same order."""
+    wait_for_predecessor(OVERLAP, True)
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    count = (tl.load(positions + row) // PART + 1).to(tl.int32)
+    position = tl.load(positions + row).to(tl.int32)
+    count = position // _part_length(position, PART, MOST_PARTS) + 1
     d = tl.arange(0, DIM)
     begin = (row * heads + head) * parts
     total, weight = tl.zeros((DIM,), tl.float32), 0.0
@@ -182,8 +200,10 @@ def prefill_kernel(
     out,  # [rows, heads * dim], written
     rows, heads, kv_heads, head_offset, group, max_length, dim, scale,
     ROWS: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows / ROWS, kv_heads): the queries of a KV head in ROWS rows, sequence by sequence."""
+    wait_for_predecessor(OVERLAP, True)
     first, kv = tl.program_id(0) * ROWS, tl.program_id(1)
     m = tl.arange(0, ROWS * GROUP)
     row, member = (first + m // GROUP).to(tl.int64), m % GROUP
@@ -223,6 +243,11 @@ def keys_at_once(dtype: torch.dtype) -> int:
 def padded(size: int, least: int = 1) -> int:
     """A power of two, as Triton's blocks are."""
     return max(least, triton.next_power_of_2(size))
+
+
+def most_parts(span: int) -> int:
+    """Into how many parts the keys of a row are cut that stands at no position from ``span`` on."""
+    return min(triton.cdiv(span, PART), MOST_PARTS)
 
 
 def prefill_rows(group: int) -> int:
@@ -266,31 +291,34 @@ def attention(
     q, out = qkv.new_empty(rows, heads * dim), qkv.new_empty(rows, heads * dim)
     if rows == 0:
         return out
-    append_kernel[(rows, heads + kv_heads)](
-        qkv, q, k_cache, v_cache, cos, sin, sequences, positions, q_norm, k_norm,
-        heads, kv_heads, max_length, dim, eps, HALF=padded(dim // 2), num_warps=1,
-    )  # fmt: skip
     sizes = (heads, kv_heads, head_offset, group, max_length, dim, math.log2(math.e) / dim**0.5)
     blocks = {"KEYS": keys_at_once(qkv.dtype), "DIM": padded(dim, DOT_ROWS)}
-    if span is None:
-        of_block = prefill_rows(group)
-        prefill_kernel[(triton.cdiv(rows, of_block), kv_heads)](
-            q, k_cache, v_cache, sequences, positions, out, rows, *sizes,
-            ROWS=of_block, GROUP=padded(group, DOT_ROWS // of_block), num_warps=PREFILL_WARPS,
-            **blocks,
+    early = overlap(qkv)
+    with torch.cuda.device_of(qkv):
+        append_kernel[(rows, heads + kv_heads)](
+            qkv, q, k_cache, v_cache, cos, sin, sequences, positions, q_norm, k_norm,
+            heads, kv_heads, max_length, dim, eps, HALF=padded(dim // 2), num_warps=1, **early,
         )  # fmt: skip
-        return out
-    parts = triton.cdiv(min(span, max_length), PART)
-    totals = torch.empty(rows, heads, parts, dim, dtype=torch.float32, device=qkv.device)
-    sums = torch.empty(rows, heads, parts, 2, dtype=torch.float32, device=qkv.device)
-    decode_kernel[(rows, kv_heads, parts)](
-        q, k_cache, v_cache, sequences, positions, totals, sums, *sizes,
-        GROUP=padded(group, DOT_ROWS), PART=PART, num_warps=NUM_WARPS, **blocks,
-    )  # fmt: skip
-    join_kernel[(rows, heads)](
-        totals, sums, positions, out, heads, parts, dim, PART=PART, AT_ONCE=PARTS_AT_ONCE,
-        DIM=padded(dim), num_warps=NUM_WARPS,
-    )  # fmt: skip
+        if span is None:
+            of_block = prefill_rows(group)
+            prefill_kernel[(triton.cdiv(rows, of_block), kv_heads)](
+                q, k_cache, v_cache, sequences, positions, out, rows, *sizes,
+                ROWS=of_block, GROUP=padded(group, DOT_ROWS // of_block), num_warps=PREFILL_WARPS,
+                **blocks, **early,
+            )  # fmt: skip
+            return out
+        parts = most_parts(min(span, max_length))
+        totals = torch.empty(rows, heads, parts, dim, dtype=torch.float32, device=qkv.device)
+        sums = torch.empty(rows, heads, parts, 2, dtype=torch.float32, device=qkv.device)
+        cut = {"PART": PART, "MOST_PARTS": MOST_PARTS}
+        decode_kernel[(rows, kv_heads, parts)](
+            q, k_cache, v_cache, sequences, positions, totals, sums, *sizes,
+            GROUP=padded(group, DOT_ROWS), num_warps=NUM_WARPS, **cut, **blocks, **early,
+        )  # fmt: skip
+        join_kernel[(rows, heads)](
+            totals, sums, positions, out, heads, parts, dim, AT_ONCE=PARTS_AT_ONCE,
+            DIM=padded(dim), num_warps=NUM_WARPS, **cut, **early,
+        )  # fmt: skip
     return out
 
 

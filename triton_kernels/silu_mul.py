@@ -8,7 +8,7 @@ import triton.language as tl
 
 from commfuse.errors import UsageError
 
-from .arguments import check_device
+from .arguments import check_device, overlap, wait_for_predecessor
 from .numerics import from_float32, to_float32
 from .workspace import DTYPES
 
@@ -16,8 +16,9 @@ BLOCK = 1024
 
 
 @triton.jit
-def silu_mul_kernel(gate_up, out, features, BLOCK: tl.constexpr):
+def silu_mul_kernel(gate_up, out, features, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
     """Grid (rows, features / BLOCK): gate_up [rows, 2 features] -> out [rows, features]."""
+    wait_for_predecessor(OVERLAP, True)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < features
@@ -55,5 +56,8 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     out = gate_up.new_empty(rows, features)
     if out.numel():
         grid = (rows, triton.cdiv(features, BLOCK))
-        silu_mul_kernel[grid](gate_up, out, features, BLOCK=BLOCK, num_warps=4)
+        with torch.cuda.device_of(gate_up):
+            silu_mul_kernel[grid](
+                gate_up, out, features, BLOCK=BLOCK, num_warps=4, **overlap(gate_up)
+            )
     return out

@@ -1,6 +1,5 @@
 #include "all_reduce_rms_norm/all_reduce_rms_norm_cuda.h"
 
-#include <ATen/ops/add.h>
 #include <ATen/ops/empty_like.h>
 
 #include <tuple>
@@ -24,18 +23,15 @@ std::tuple<at::Tensor, at::Tensor> all_reduce_rms_norm_of_tensors(
   args.rows = x.size(0);
   args.n = x.size(1);
   TORCH_CHECK_VALUE(args.rows <= INT32_MAX && args.n <= INT32_MAX, "x is too large: ", x.sizes());
-  at::Tensor y = at::empty_like(x), out;
+  args.x = x.const_data_ptr();
+  args.residual = data_or_null(residual);
+  at::Tensor y = at::empty_like(x), out = at::empty_like(x);
   args.y = y.mutable_data_ptr();
+  args.out = out.mutable_data_ptr();
   if (call.world() == 1) {
     call.communicator.check();
-    out = residual ? at::add(x, *residual) : x.clone();
-    rms_norm(dtype, out.const_data_ptr(), args.weight, args.eps, args.y, args.rows, args.n,
-             call.stream);
+    rms_norm(args, call.stream);
   } else {
-    out = at::empty_like(x);
-    args.x = x.const_data_ptr();
-    args.residual = data_or_null(residual);
-    args.out = out.mutable_data_ptr();
     all_reduce_rms_norm_all(
         call, describe(Op::all_reduce_rms_norm, dtype, x.sizes(), residual.has_value()), args);
   }

@@ -5,16 +5,21 @@
 
 namespace commfuse::gpu {
 
-void rms_norm(DType dtype, const void* x, const void* weight, float eps, void* y, int64_t rows,
-              int64_t n, cudaStream_t stream, bool successor_early) {
-  if (rows == 0 || n == 0) return;
-  const int64_t units = (n * static_cast<int64_t>(size_of(dtype)) + 15) / 16;
+void rms_norm(const RMSNormArgs& a, cudaStream_t stream, bool successor_early) {
+  if (a.rows == 0 || a.n == 0) return;
+  const int64_t units = (a.n * static_cast<int64_t>(size_of(a.dtype)) + 15) / 16;
   int threads = 64;
   while (threads < kNormThreads && threads < units) threads *= 2;
-  with_type(dtype, [&]<class T>() {
-    launch(rms_norm_rows<T>, Grid{static_cast<int>(rows), threads, stream},
-           static_cast<const T*>(x), static_cast<const T*>(weight), eps, static_cast<T*>(y),
-           static_cast<int>(n), successor_early);
+  with_type(a.dtype, [&]<class T>() {
+    const NormRows<T> rows = {static_cast<const T*>(a.x),
+                              static_cast<const T*>(a.residual),
+                              static_cast<const T*>(a.weight),
+                              static_cast<T*>(a.y),
+                              static_cast<T*>(a.out),
+                              a.eps,
+                              static_cast<int>(a.n)};
+    launch(rms_norm_rows<T>, Grid{static_cast<int>(a.rows), threads, stream}, rows,
+           successor_early);
   });
 }
 

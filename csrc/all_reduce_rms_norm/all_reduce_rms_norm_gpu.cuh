@@ -1,4 +1,5 @@
-// y = RMSNorm(x) weight, row by row: behind an all-reduce that has added the residual.
+// y = RMSNorm(x) weight, row by row: behind an all-reduce that has added the residual, or, where
+// there is one rank, behind a GEMM, with the residual.
 //
 // Two launches, since an all-reduce is fastest spread over all multiprocessors, and a row belongs
 // to few. (Measured, W = 2, 4, 8, one row of 16 KB, us: a block that sends, adds and normalises its
@@ -11,60 +12,120 @@
 
 namespace commfuse::gpu {
 
-// The sum of `value` over the block, in a fixed order; all threads call and get it. Once only: the
-// threads of a second call may still be reading what those of the first have left.
-__device__ __forceinline__ float block_sum(float value, float (&partial)[32]) {
-  const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
-  const auto warp_sum = [](float value) {
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) {
-      value += __shfl_xor_sync(0xffffffffu, value, offset);
-    }
-    return value;
-  };
-  const float sum = warp_sum(value);
-  if (lane == 0) partial[threadIdx.x / 32] = sum;
-  __syncthreads();
-  return warp_sum(lane < warps ? partial[lane] : 0);
-}
-
 constexpr int kNormThreads = 512;
+
+// The sum of a row's squares as the blocks of reduce_tiles form it (matmul_all_reduce_gpu.cuh): of
+// eight units first, then of every 32nd of these sums, then of 32 lanes. A row's bits must not
+// depend on which of the two kernels the number of rows has chosen.
+class SumOfSquares {
+ public:
+  static constexpr int kUnits = 8;      // of a sum
+  static constexpr int kMostSteps = 2;  // between two calls of add()
+
+  __device__ explicit SumOfSquares(float* shared) : shared_(shared) {}
+
+  // All threads: of the unit at threadIdx.x + (steps so far) * blockDim.x; zero behind the row.
+  __device__ void note(int step, float squares) {
+#pragma unroll
+    for (int offset = kUnits / 2; offset > 0; offset /= 2) {
+      squares += __shfl_xor_sync(0xffffffffu, squares, offset);
+    }
+    const int sums = static_cast<int>(blockDim.x) / kUnits;
+    if (threadIdx.x % kUnits == 0) shared_[step * sums + threadIdx.x / kUnits] = squares;
+  }
+  // All threads: adds what has been noted since the last time.
+  __device__ void add(int steps) {
+    __syncthreads();
+    const int count = steps * static_cast<int>(blockDim.x) / kUnits;
+    for (int i = threadIdx.x % 32; i < count; i += 32) total_ += shared_[i];
+    __syncthreads();
+  }
+  // All threads get it.
+  __device__ float total() const {
+    float sum = total_;
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+    return sum;
+  }
+
+ private:
+  float* shared_;
+  float total_ = 0;  // of this lane; the same in every warp
+};
+
+template <class T>
+struct NormRows {
+  const T* x;         // [rows, n]
+  const T* residual;  // [rows, n] or null
+  const T* weight;    // [n]
+  T* y;               // [rows, n]
+  T* out;             // [rows, n], x + residual, or null
+  float eps;
+  int n;
+};
 
 // A block for each row.
 template <class T>
 __global__ void __launch_bounds__(kNormThreads, 2)
-    rms_norm_rows(const T* x, const T* weight, float eps, T* y, int n, bool successor_early) {
-  constexpr int kHeld = 2;  // units of the row that a thread keeps; more are read again
+    rms_norm_rows(const __grid_constant__ NormRows<T> a, bool successor_early) {
+  // Units of the row that a thread keeps; more are read again.
+  constexpr int kHeld = SumOfSquares::kMostSteps;
   constexpr int kElements = 16 / static_cast<int>(sizeof(T));
-  __shared__ float partial[32];
+  __shared__ float shared[kHeld * kNormThreads / SumOfSquares::kUnits];
   wait_for_predecessor(successor_early);
-  const int units = (n + kElements - 1) / kElements;
-  const int64_t offset = int64_t{blockIdx.x} * n;
-  const Units<const T> from(x + offset, n), factor(weight, n);
-  const Units<T> to(y + offset, n);
+  const int units = (a.n + kElements - 1) / kElements;
+  const int64_t offset = int64_t{blockIdx.x} * a.n;
+  const Units<const T> from(a.x + offset, a.n), factor(a.weight, a.n);
+  const Units<const T> addend(a.residual ? a.residual + offset : nullptr, a.n);
+  const Units<T> to(a.y + offset, a.n), sums(a.out ? a.out + offset : nullptr, a.n);
   const auto at = [&](int k) { return static_cast<int>(threadIdx.x + k * blockDim.x); };
+  const auto with_residual = [&](uint4 unit, uint4 more) {
+    UnitSum<T, 1> sum = {{unit}};
+    return sum.total(1, &more);
+  };
 
-  uint4 held[kHeld], by[kHeld];
+  uint4 held[kHeld], more[kHeld], by[kHeld];
 #pragma unroll
   for (int k = 0; k < kHeld; ++k) {
     if (at(k) >= units) continue;
     held[k] = from.load(at(k));
+    if (a.residual) more[k] = addend.load(at(k));
     by[k] = factor.load(at(k));
   }
-  float squares = 0;
+  SumOfSquares squares(shared);
 #pragma unroll
   for (int k = 0; k < kHeld; ++k) {
-    if (at(k) < units) squares += squares_of<T>(held[k]);
+    float own = 0;
+    if (at(k) < units) {
+      if (a.residual) held[k] = with_residual(held[k], more[k]);
+      if (a.out) sums.store(at(k), held[k]);
+      own = squares_of<T>(held[k]);
+    }
+    squares.note(k, own);
   }
-  for (int j = at(kHeld); j < units; j += blockDim.x) squares += squares_of<T>(from.load(j));
-  const float mean = block_sum(squares, partial) / static_cast<float>(n);
-  const float scale = 1.0f / sqrtf(mean + eps);
+  squares.add(kHeld);
+  for (int first = kHeld * blockDim.x; first < units; first += blockDim.x) {
+    const int j = first + threadIdx.x;
+    float own = 0;
+    if (j < units) {
+      uint4 unit = from.load(j);
+      if (a.residual) unit = with_residual(unit, addend.load(j));
+      if (a.out) sums.store(j, unit);
+      own = squares_of<T>(unit);
+    }
+    squares.note(0, own);
+    squares.add(1);
+  }
+  const float mean = squares.total() / static_cast<float>(a.n);
+  const float scale = 1.0f / sqrtf(mean + a.eps);
 #pragma unroll
   for (int k = 0; k < kHeld; ++k) {
     if (at(k) < units) to.store(at(k), scaled<T>(held[k], scale, by[k]));
   }
   for (int j = at(kHeld); j < units; j += blockDim.x) {
-    to.store(j, scaled<T>(from.load(j), scale, factor.load(j)));
+    uint4 unit = from.load(j);
+    if (a.residual) unit = with_residual(unit, addend.load(j));
+    to.store(j, scaled<T>(unit, scale, factor.load(j)));
   }
 }
 

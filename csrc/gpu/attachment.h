@@ -47,9 +47,10 @@ class Attachment {
   CallSite enter(const Descriptor& descriptor, cudaStream_t stream, int64_t bytes_sent);
 
   // In host memory, as the GPU sees it: the earliest row from which no token can be drawn
-  // (RowReport of vocab_parallel_sample). Taken once all kernels have ended.
+  // (RowReport of vocab_parallel_sample). Taken on the stream of the calls, for whose end it waits
+  // if there is one; 0: there is none.
   uint64_t* row_report() const { return row_report_on_gpu_; }
-  uint64_t take_row_report();
+  uint64_t take_row_report(cudaStream_t stream);
 
   // Memory that every rank maps at addresses[rank], for tensors that are reduced in place.
   void add_buffer(const std::vector<uint64_t>& addresses, int64_t bytes) {

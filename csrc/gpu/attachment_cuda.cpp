@@ -79,14 +79,17 @@ Attachment::~Attachment() {
   if (row_report_) cudaFreeHost(row_report_);
 }
 
-uint64_t Attachment::take_row_report() {
+uint64_t Attachment::take_row_report(cudaStream_t stream) {
   // Acquire: nothing that the kernel wrote before is looked at, but it must be read anew each time.
-  const uint64_t found = std::atomic_ref(*row_report_).load(std::memory_order_acquire);
-  if (found) {
-    check(cudaMemset(workspace_.base[workspace_.rank] + kRowReport, 0, sizeof(uint64_t)));
-    *row_report_ = 0;
-  }
-  return found;
+  const std::atomic_ref report(*row_report_);
+  if (report.load(std::memory_order_acquire) == 0) return 0;
+  // In the stream of the calls: the default one is not ordered with it. On both sides of the
+  // clearing no kernel is at work that could report, or be told of an older report.
+  check(cudaStreamSynchronize(stream));
+  check(
+      cudaMemsetAsync(workspace_.base[workspace_.rank] + kRowReport, 0, sizeof(uint64_t), stream));
+  check(cudaStreamSynchronize(stream));
+  return report.exchange(0, std::memory_order_acquire);
 }
 
 void Attachment::admit(const Descriptor& descriptor, cudaStream_t stream) {

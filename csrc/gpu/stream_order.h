@@ -3,11 +3,11 @@
 // must it wait: a GEMM, and the exchange behind it, each of which leaves a record. (Those before
 // that GEMM have ended: protocol.cuh, wait_for_predecessor.)
 //
-// Nothing is known of other libraries' kernels. One that writes weights must not stand directly
-// before a GEMM on them: what it has stored is only sure to be visible once it has ended as a
-// whole, and if it lets its successor start early, it may even still be storing. Any launch of an
-// ordinary kernel in between is enough; docs/kernels.md says so to users. x and everything else is
-// read when the predecessor has ended, whatever it is.
+// Nothing is known of other libraries' kernels, nor of those in Triton. One that writes weights
+// must not stand directly before a GEMM on them: what it has stored is only sure to be visible once
+// it has ended as a whole, and if it lets its successor start early, it may even still be storing.
+// Any launch of an ordinary kernel in between is enough; docs/kernels.md says so to users. x and
+// everything else is read when the predecessor has ended, whatever it is.
 #pragma once
 
 #include <cuda_runtime_api.h>

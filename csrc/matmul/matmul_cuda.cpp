@@ -1,11 +1,11 @@
 #include "matmul/matmul_cuda.h"
 
+#include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
-#include <ATen/ops/zeros.h>
 
 #include <map>
 #include <mutex>
-#include <tuple>
+#include <utility>
 
 #include "gpu/tensors.h"
 
@@ -13,25 +13,40 @@ namespace commfuse::gpu {
 namespace {
 
 // What parts of a tile exchange: kept for each device and stream, since calls of one stream follow
-// one another. What a capture allocates belongs to its graph, so every capture has its own.
+// one another. A larger one takes the place of one that is too small, whose memory the allocator
+// gives to later work of the same stream.
+//
+// A capture has its own, which belongs to its graph: graphs may be replayed on several streams. It
+// is held until the next call outside this capture, so that nothing else that is captured comes to
+// lie there; from then on the graph alone keeps its memory. A replay clears the counters anew.
 void* kept_workspace(size_t bytes, int device, cudaStream_t stream) {
+  struct Kept {
+    at::Tensor eager, captured;
+    unsigned long long capture = 0;
+  };
+  if (bytes == 0) return nullptr;
   static std::mutex mutex;
-  static auto& kept =
-      *new std::map<std::tuple<int, cudaStream_t, unsigned long long>,
-                    std::vector<at::Tensor>>;  // the older ones stay: graphs hold them
+  static auto& all = *new std::map<std::pair<int, cudaStream_t>, Kept>;  // outlives the allocator
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   unsigned long long capture = 0;
   C10_CUDA_CHECK(cudaStreamGetCaptureInfo(stream, &status, &capture));
   if (status == cudaStreamCaptureStatusNone) capture = 0;
   const std::lock_guard lock(mutex);
-  std::vector<at::Tensor>& own = kept[{device, stream, capture}];
-  if (own.empty() || own.back().nbytes() < bytes) {
+  Kept& kept = all[{device, stream}];
+  if (kept.capture != capture) {
+    kept.captured.reset();
+    kept.capture = capture;
+  }
+  at::Tensor& own = capture ? kept.captured : kept.eager;
+  if (!own.defined() || own.nbytes() < bytes) {
     constexpr size_t kGranule = 4 << 20;
     const int64_t size = static_cast<int64_t>((bytes + kGranule - 1) / kGranule * kGranule);
-    own.push_back(at::zeros(
-        {size}, at::device({at::kCUDA, static_cast<c10::DeviceIndex>(device)}).dtype(at::kByte)));
+    own = at::empty(
+        {size}, at::device({at::kCUDA, static_cast<c10::DeviceIndex>(device)}).dtype(at::kByte));
+    // Sums are written before they are read.
+    own.narrow(0, 0, kMatmulGpuCounters * sizeof(uint32_t)).zero_();
   }
-  return own.back().mutable_data_ptr();
+  return own.mutable_data_ptr();
 }
 
 }  // namespace
@@ -80,10 +95,9 @@ at::Tensor matmul_of_tensors(const at::Tensor& x, const at::Tensor& weight, int6
   if (matmul_serves(x) && n > 0) {
     const int device = x.device().index();
     const cudaStream_t stream = c10::cuda::getCurrentCUDAStream(x.device().index()).stream();
-    static const int blocks = multiprocessors(device);
     y = at::empty({x.size(0), n}, x.options());
-    matmul(matmul_args(x, weight, blocks, 0, stream), data_or_null(bias), y.mutable_data_ptr(),
-           stream);
+    matmul(matmul_args(x, weight, multiprocessors(device), 0, stream), data_or_null(bias),
+           y.mutable_data_ptr(), stream);
     wrote(device, stream, {range_of(y)});
   } else {
     y = at::linear(x, weight, bias);

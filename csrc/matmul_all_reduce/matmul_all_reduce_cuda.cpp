@@ -24,6 +24,21 @@ MatmulGpuArgs gemm_of(GpuCall& call, const at::Tensor& x, const at::Tensor& w) {
   return matmul_args(x, w, gpu.max_blocks(), gpu.claimed_percent, call.stream);
 }
 
+RMSNormArgs norm_of(DType dtype, const at::Tensor& x, const std::optional<at::Tensor>& residual,
+                    const Tail& tail, at::Tensor& out, at::Tensor& y) {
+  RMSNormArgs args = {};
+  args.dtype = dtype;
+  args.x = x.const_data_ptr();
+  args.residual = data_or_null(residual);
+  args.weight = tail.norm_weight->const_data_ptr();
+  args.eps = static_cast<float>(tail.eps);
+  args.y = y.mutable_data_ptr();
+  args.out = out.mutable_data_ptr();
+  args.rows = x.size(0);
+  args.n = x.size(1);
+  return args;
+}
+
 // {out, y}; y is undefined without norm_weight.
 std::pair<at::Tensor, at::Tensor> unfused(GpuCall& call, const Descriptor& descriptor, DType dtype,
                                           const at::Tensor& x, const at::Tensor& w,
@@ -57,18 +72,30 @@ std::pair<at::Tensor, at::Tensor> unfused(GpuCall& call, const Descriptor& descr
                    out.mutable_data_ptr(), product.numel());
   } else {
     y = at::empty_like(product);
-    RMSNormArgs args = {};
-    args.dtype = dtype;
-    args.x = product.const_data_ptr();
-    args.residual = data_or_null(addend);
-    args.weight = tail.norm_weight->const_data_ptr();
-    args.eps = static_cast<float>(tail.eps);
-    args.y = y.mutable_data_ptr();
-    args.out = out.mutable_data_ptr();
-    args.rows = x.size(0);
-    args.n = w.size(0);
-    all_reduce_rms_norm_all(call, descriptor, args);
+    all_reduce_rms_norm_all(call, descriptor, norm_of(dtype, product, addend, tail, out, y));
   }
+  return {out, y};
+}
+
+// On one rank, likewise.
+std::pair<at::Tensor, at::Tensor> alone(GpuCall& call, DType dtype, const at::Tensor& x,
+                                        const at::Tensor& w, const Tail& tail) {
+  call.communicator.check();
+  at::Tensor product;
+  const bool ours = matmul_serves(x) && w.size(0) > 0;
+  if (ours) {  // as on several ranks, bits do not depend on the batch
+    product = at::empty({x.size(0), w.size(0)}, x.options());
+    matmul(gemm_of(call, x, w), data_or_null(tail.bias), product.mutable_data_ptr(), call.stream);
+  } else {
+    product = at::linear(x, w, tail.bias);
+  }
+  if (!tail.norm_weight) {
+    if (tail.residual) product.add_(*tail.residual);
+    return {product, {}};
+  }
+  if (ours) call.wrote({range_of(product)});  // it may still be at work when the next one starts
+  at::Tensor out = at::empty_like(product), y = at::empty_like(product);
+  rms_norm(norm_of(dtype, product, tail.residual, tail, out, y), call.stream, ours);
   return {out, y};
 }
 
@@ -96,19 +123,7 @@ std::pair<at::Tensor, at::Tensor> summed_product(const at::Tensor& x, const at::
   if (!fused && call.world() > 1) {
     result = unfused(call, descriptor, dtype, x, w, tail);
   } else if (!fused) {
-    call.communicator.check();
-    if (matmul_serves(x) && n > 0) {  // as on several ranks, bits do not depend on the batch
-      out = at::empty({m, n}, x.options());
-      matmul(gemm_of(call, x, w), data_or_null(tail.bias), out.mutable_data_ptr(), call.stream);
-    } else {
-      out = at::linear(x, w, tail.bias);
-    }
-    if (tail.residual) out.add_(*tail.residual);
-    if (tail.norm_weight) {
-      y = at::empty_like(out);
-      rms_norm(dtype, out.const_data_ptr(), tail.norm_weight->const_data_ptr(),
-               static_cast<float>(tail.eps), y.mutable_data_ptr(), m, n, call.stream);
-    }
+    result = alone(call, dtype, x, w, tail);
   } else {
     out = at::empty({m, n}, x.options());
     if (tail.norm_weight) y = at::empty({m, n}, x.options());

@@ -179,11 +179,15 @@ class TileReducer {
     sum.load(world_,
              [&](int s) { return a_.slots.place(exchange_, rank_, 0, s, tile, row_, unit_); });
     const int64_t at = unit_in_row(tile);
-    uint4 addend[2] = {};
-    if (a_.bias) addend[0] = Units<const T>(a_.bias, a_.slots.n).load(at);
-    if (a_.residual) addend[1] = row_of(a_.residual).load(at);
-    const uint4 total =
-        sum.total(world_, a_.bias ? &addend[0] : nullptr, a_.residual ? &addend[1] : nullptr);
+    uint4 addend = {};
+    if (a_.residual) addend = row_of(a_.residual).load(at);
+    if (a_.bias) {
+      const uint4 bias = Units<const T>(a_.bias, a_.slots.n).load(at);
+      // Rounded together, as for an all-reduce behind a GEMM, which takes one addend: the number of
+      // rows decides which of the two ways is gone, and must not show in the bits.
+      addend = a_.residual ? UnitSum<T, 1>{{addend}}.total(1, &bias) : bias;
+    }
+    const uint4 total = sum.total(world_, a_.bias || a_.residual ? &addend : nullptr);
     row_of(a_.out).store(at, total);
     for (int p = 0; a_.slots.two_shot && p < world_; ++p) {
       if (p != rank_) *a_.slots.place(exchange_, p, 1, rank_, tile, row_, unit_) = total;

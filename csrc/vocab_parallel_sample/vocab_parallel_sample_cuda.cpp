@@ -61,7 +61,10 @@ void draw_all(GpuCall& call, const Descriptor& descriptor, const at::Tensor& log
 }
 
 void check_rows(Attachment& attachment) {
-  const uint64_t packed = attachment.take_row_report();
+  const auto device = static_cast<c10::DeviceIndex>(attachment.device());
+  const c10::cuda::CUDAGuard guard(device);
+  const uint64_t packed =
+      attachment.take_row_report(c10::cuda::getCurrentCUDAStream(device).stream());
   if (!packed) return;
   const RowReport report(packed);
   const std::string place = place_of(report.op, report.request, report.row);

@@ -17,6 +17,7 @@ CHECKS = {
     "graphs": "graphs change no bit",
     "company": "neither batch nor drafts change a token",
     "recipe": "a block of one's own in a graph",
+    "memory": "a graph's memory goes with it",
 }
 
 

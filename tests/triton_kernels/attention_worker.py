@@ -1,6 +1,10 @@
 """In Triton's interpreter: the kernels of a block that no rank waits in, against float64."""
 
+from contextlib import contextmanager
+from unittest import mock
+
 import torch
+from triton.runtime import interpreter
 
 from commfuse import ops
 from commfuse.errors import CommfuseError
@@ -116,13 +120,19 @@ def decoding() -> list[str]:
         cache[:, :, last - 3 :] = torch.nan
     if digest(made.attend(caches, step[:1], span=last)) != digest(together[:3]):
         failures.append("what lies behind the positions in use is read")
-    many = module.PARTS_AT_ONCE * module.PART + 5  # more parts than are joined in one step
-    made = Sequences(torch.float32, (1, 1), 16, (many,), False)
+    # The most parts, more than are joined in one step, and behind them parts twice as long.
+    most = module.MOST_PARTS * module.PART
+    made = Sequences(torch.float32, (1, 1), 16, (most + 1,), False)
     caches = made.caches()
-    made.attend(caches, [(0, 0, many - 1)])
-    row = made.attend(caches, [(0, many - 1, many)], span=many)
-    if not (row[0].double() - made.exact(0)[-1]).abs().max() <= made.allowed(0):
+    made.attend(caches, [(0, 0, most - 1)])
+    rows = made.attend(caches, [(0, most - 1, most + 1)], span=most + 1)
+    if not (rows.double() - made.exact(0)[-2:]).abs().max() <= made.allowed(0):
         failures.append("many parts are joined wrongly")
+    alone = made.attend(caches, [(0, most - 1, most)], span=most)
+    if digest(alone) != digest(rows[:1]):
+        failures.append("the parts of a row depend on its company")
+    if module.most_parts(1000 * most) != module.MOST_PARTS:
+        failures.append("memory for parts grows with the span")
     return failures
 
 
@@ -158,6 +168,32 @@ def gated() -> list[str]:
     return failures
 
 
+def devices() -> list[str]:
+    """Kernels start on the device of their tensors, whatever the current one is."""
+    current, launched = [], []
+
+    @contextmanager
+    def device_of(tensor):
+        current.append(tensor)
+        yield
+        current.pop()
+
+    def launch(executor, *arguments, **options):
+        launched.append((executor.fn.__name__, bool(current)))
+
+    made = Sequences(torch.float32, (1, 1), 16, (2,), False)
+    with (
+        mock.patch.object(torch.cuda, "device_of", device_of),
+        mock.patch.object(interpreter.GridExecutor, "__call__", launch),
+    ):
+        made.attend(made.caches(), [(0, 0, 2)])
+        made.attend(made.caches(), [(0, 0, 1)], span=1)
+        silu_mul.silu_mul(torch.zeros(1, 2))
+    names = ("append", "prefill", "append", "decode", "join", "silu_mul")
+    expected = [(f"{name}_kernel", True) for name in names]
+    return [] if launched == expected else [f"launched: {launched}"]
+
+
 def errors() -> list[str]:
     """Messages of calls that do not fit."""
     made, found = Sequences(torch.float32, (4, 2), 16, (2,), False), []
@@ -170,11 +206,11 @@ def errors() -> list[str]:
     return found
 
 
-CHECKS = (prefill, decoding, head_shards, gated, errors)
+CHECKS = (prefill, decoding, head_shards, gated, devices, errors)
 
 
 def run() -> dict[str, list[str]]:
     # Small, since the interpreter is slow; the loops still go round more than once.
-    module.PART, module.PARTS_AT_ONCE, module.PREFILL_ROWS = 32, 2, 16
+    module.PART, module.MOST_PARTS, module.PARTS_AT_ONCE, module.PREFILL_ROWS = 32, 3, 2, 16
     module.keys_at_once = lambda dtype: 16
     return {check.__name__: check() for check in CHECKS}

@@ -108,19 +108,20 @@ def attending(architecture: int, dtype: torch.dtype, pointee: str):
         **dict.fromkeys(("eps", "scale"), "fp32"),
     }  # fmt: skip
     keys, dim, group = attention.keys_at_once(dtype), 128, 4
-    rows, part = attention.prefill_rows(group), attention.PART
+    rows = attention.prefill_rows(group)
+    cut = {"PART": attention.PART, "MOST_PARTS": attention.MOST_PARTS}
     for kernel, warps, constants in (
         (silu_mul.silu_mul_kernel, 4, {"BLOCK": silu_mul.BLOCK}),
         (attention.append_kernel, 1, {"HALF": dim // 2}),
         (
             attention.decode_kernel,
             attention.NUM_WARPS,
-            {"GROUP": attention.DOT_ROWS, "PART": part, "KEYS": keys, "DIM": dim},
+            {"GROUP": attention.DOT_ROWS, "KEYS": keys, "DIM": dim, **cut},
         ),
         (
             attention.join_kernel,
             attention.NUM_WARPS,
-            {"PART": part, "AT_ONCE": attention.PARTS_AT_ONCE, "DIM": dim},
+            {"AT_ONCE": attention.PARTS_AT_ONCE, "DIM": dim, **cut},
         ),
         (
             attention.prefill_kernel,
@@ -130,6 +131,7 @@ def attending(architecture: int, dtype: torch.dtype, pointee: str):
     ):
         own = {name: kind for name, kind in signature.items() if name in kernel.arg_names}
         name = kernel.fn.__name__.removesuffix("_kernel")
+        constants = {**constants, "OVERLAP": architecture >= 90}
         yield name, compiled(architecture, kernel, own, constants, warps)
 
 

@@ -14,7 +14,7 @@ def found():
     return run_ranks(f"{WORKER}:run", 1, timeout=120, env={"TRITON_INTERPRET": "1"})[0]
 
 
-@pytest.mark.parametrize("check", ["prefill", "decoding", "head_shards", "gated"])
+@pytest.mark.parametrize("check", ["prefill", "decoding", "head_shards", "gated", "devices"])
 def test_attention(found, check):
     assert found[check] == []
 

@@ -134,6 +134,13 @@ def test_attention_fits_the_gpu(compiled, architecture, variant, kernel):
     assert result["cubin_bytes"] > 0
     assert result["shared_bytes"] <= 163 * 1024
     assert result["STACK"] == 0  # no register is spilled
+    # Where a kernel may start early, it waits before it touches memory.
+    touches = re.findall(r"griddepcontrol\.\w+|(?:ld|st|cp\.async\S*)\.global", result["ptx"])
+    begin = {80: [], 90: ["griddepcontrol.launch_dependents", "griddepcontrol.wait"]}[architecture]
+    if kernel == "append":  # what is before it may be waiting for other ranks
+        begin.reverse()
+    assert touches[: len(begin)] == begin
+    assert not any("griddepcontrol" in touch for touch in touches[len(begin) :])
     if kernel in ("decode", "prefill"):
         assert "mma" in result["ptx"]  # tensor cores
         copies = re.findall(r"cp\.async\.c[ga]\S+ .*?, (0x\w+)", result["ptx"])

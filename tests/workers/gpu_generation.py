@@ -233,7 +233,27 @@ def recipe(comm) -> Found:
     return found
 
 
-CHECKS = (attention, tokens, graphs, company, recipe)
+def memory(comm) -> Found:
+    """What a captured GEMM needs besides its tensors goes with its graph."""
+    from commfuse import ops
+
+    x = torch.zeros(1, 4096, device=comm.device, dtype=torch.bfloat16)
+    w = torch.zeros(40 * 64, 4096, device=comm.device, dtype=torch.bfloat16)
+    held = []
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for _ in range(4):
+            graph = torch.cuda.CUDAGraph()
+            ops.matmul(x, w, backend="cuda")
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+                ops.matmul(x, w, backend="cuda")
+            graph.replay()
+            ops.matmul(x, w, backend="cuda")
+            del graph
+            held.append(torch.cuda.memory_allocated(comm.device))
+    return [] if len(set(held)) == 1 else [f"bytes held after each capture: {held}"]
+
+
+CHECKS = (attention, tokens, graphs, company, recipe, memory)
 
 
 def run() -> dict[str, Found]:

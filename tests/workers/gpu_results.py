@@ -246,6 +246,18 @@ def batches(comm, triton_dtypes) -> GPU.Found:
             for rows in ROWS:
                 if not all(GPU.same_bits(a, b[:rows]) for a, b in zip(call(rows), all_rows)):  # noqa: B905
                     failures.append(f"{name} {dtype} n={n} k={k}: {rows} rows have other bits")
+        # Nor on how the number of rows makes them travel.
+        options = {"bias": norm, "residual": residual, "norm_weight": norm, "eps": GPU.EPS}
+        for left_out in (None, "bias", "residual", "norm_weight"):
+            chosen = {name: value for name, value in options.items() if name != left_out}
+            ways = []
+            for rows in (GPU.FUSED, GPU.UNFUSED):
+                comm._native.set_fused_rows(*rows)
+                out = ops.matmul_all_reduce(x, w, comm, **chosen, backend="cuda")
+                ways.append(GPU.tuple_of(out))
+            comm._native.set_fused_rows(*GPU.FUSED)
+            if not all(map(GPU.same_bits, *ways)):
+                failures.append(f"{dtype} n={n} k={k} without {left_out}: fused, other bits")
     return failures
 
 

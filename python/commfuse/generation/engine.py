@@ -177,7 +177,7 @@ class Generator:
             """Gives the requests of a pass their new tokens; how many."""
             count = 0
             for request, (tokens, logs) in zip(
-                done.requests, timed("tokens", self._collect, done), strict=True
+                done.requests, timed("tokens", self._collect, done, bool(under_way)), strict=True
             ):
                 taken = request.accept(tokens, logs, stop_ids)
                 count += len(taken)
@@ -265,14 +265,23 @@ class Generator:
         if results is not None:
             self.pipeline.publish(results.flatten(0, 1))
 
-    def _collect(self, done: Pass) -> list[tuple[list[int], list[float]]]:
-        """(new tokens, their log-probabilities) of each request of a pass, one at least."""
+    def _collect(self, done: Pass, more: bool) -> list[tuple[list[int], list[float]]]:
+        """(new tokens, their log-probabilities) of each request of a pass, one at least.
+
+        Args:
+            done: the oldest pass under way.
+            more: whether others are, for whose end a GPU is not waited for.
+        """
         if not done.results:
             return []
-        # This waits for a GPU; on a failure, what has come from there is no token.
-        results = self.pipeline.collect(done.results).cpu()
-        self.comm.check()
+        results = self.pipeline.collect(done.results)
+        self.steps.wait()
+        # On a failure, what has come from a GPU is no token.
+        self.comm.check_host()
         tokens, accepted = results[:, 0].tolist(), results[:, 1].tolist()
+        # All ranks see that a row has no token, and must find it at the same pass.
+        if not more or -1 in tokens:
+            self.comm.check()
         logs = results[:, 2].contiguous().view(torch.float64).tolist()
         each = len(results) // len(done.requests)
         begins = range(0, len(results), each)

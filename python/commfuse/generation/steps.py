@@ -9,6 +9,7 @@ is stands in memory. Padding is a token of a sequence of its own, of which nothi
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -82,6 +83,7 @@ class Steps:
         on_gpu = self.device.type == "cuda"
         # Not the default stream, which cannot be captured.
         self._stream = torch.cuda.Stream(self.device) if on_gpu else None
+        self._copied: deque[torch.cuda.Event] = deque()  # behind each copy of results to the host
 
     @contextlib.contextmanager
     def stream(self):
@@ -104,6 +106,7 @@ class Steps:
             draft_length: the most draft tokens of a step.
             log_probabilities: whether they are wanted.
         """
+        self._copied.clear()
         options = (x.view(torch.int64).tolist() for x in sampling.tensors)
         self._generation = _Generation(
             list(zip(*options, strict=True)), draft_length, log_probabilities
@@ -128,8 +131,8 @@ class Steps:
         """This stage's part of a pass; the last stage draws its tokens.
 
         Returns:
-            int64 [requests, 1 + draft tokens, RESULT_COLUMNS] on the model's device, valid until
-            the next decoding step; None before the last stage, and where no request gets one.
+            int64 [requests, 1 + draft tokens, RESULT_COLUMNS] in host memory, complete after
+            :meth:`wait`; None before the last stage, and where no request gets one.
         """
         sizes = self._sizes(next_pass)
         # In pinned memory the copy to a GPU does not wait for what is under way there.
@@ -143,7 +146,21 @@ class Steps:
             results = self._replayed(numbers, sizes)
         else:
             results = self._run(numbers.to(self.device, non_blocking=True), sizes)
-        return None if results is None else results[: len(next_pass.requests)]
+        if results is None:
+            return None
+        results = results[: len(next_pass.requests)]
+        if self._stream is None:
+            return results
+        # The host must wait for this pass alone, not for the one that it has started behind it.
+        on_host = torch.empty(results.shape, dtype=results.dtype, pin_memory=True)
+        on_host.copy_(results, non_blocking=True)
+        self._copied.append(self._stream.record_event())
+        return on_host
+
+    def wait(self) -> None:
+        """Returns when the oldest results that were not waited for are in host memory."""
+        if self._copied:
+            self._copied.popleft().synchronize()
 
     def _sizes(self, next_pass: Pass) -> Sizes:
         rows, requests = next_pass.rows, len(next_pass.requests)
