@@ -34,13 +34,16 @@ __device__ inline bool arrive(const Work& work, int request, int n) {
   return before + n == expected;
 }
 
-__device__ inline Candidate load_candidate(const Candidate* from) {
-  Candidate candidate;
-  candidate.key = __ldcg(&from->key);
-  candidate.id = __ldcg(&from->id);
-  candidate.logit = __ldcg(&from->logit);
-  candidate.largest = __ldcg(&from->largest);
-  candidate.sum = __ldcg(&from->sum);
+__device__ __forceinline__ Candidate load_candidate(const Candidate* from, bool logs) {
+  Candidate candidate = {__ldcg(&from->key), kNobody, -infinity(), -infinity(), 0};
+  const uint2 token = __ldcg(reinterpret_cast<const uint2*>(&from->id));
+  candidate.id = static_cast<int32_t>(token.x);
+  candidate.logit = __uint_as_float(token.y);
+  if (logs) {
+    const float2 normaliser = __ldcg(reinterpret_cast<const float2*>(&from->largest));
+    candidate.largest = normaliser.x;
+    candidate.sum = normaliser.y;
+  }
   return candidate;
 }
 __device__ inline void keep_better(Candidate& mine, const Candidate& other) {
@@ -56,17 +59,18 @@ __device__ inline void add_normaliser(Candidate& mine, const Candidate& other) {
   mine.largest = sum.largest;
   mine.sum = sum.sum;
 }
-// Over the lanes that share a row; with both, every lane has the same bits.
-__device__ inline void reduce_group(Candidate& mine) {
+// Over the lanes that share a row, every one of which then has the same bits.
+__device__ inline void reduce_group(Candidate& mine, bool logs) {
 #pragma unroll
   for (int distance = kGroup / 2; distance > 0; distance /= 2) {
     Candidate other;
     other.key = __shfl_xor_sync(kAllLanes, mine.key, distance);
     other.id = __shfl_xor_sync(kAllLanes, mine.id, distance);
     other.logit = __shfl_xor_sync(kAllLanes, mine.logit, distance);
+    keep_better(mine, other);
+    if (!logs) continue;
     other.largest = __shfl_xor_sync(kAllLanes, mine.largest, distance);
     other.sum = __shfl_xor_sync(kAllLanes, mine.sum, distance);
-    keep_better(mine, other);
     add_normaliser(mine, other);
   }
 }
@@ -138,9 +142,9 @@ __device__ inline bool exchange_group(const Work& work, int row, bool mine, Cand
     if (source != rank) memcpy(message.unit, units + i * kUnits, sizeof(message.unit));
     const Candidate other = message.candidate();
     keep_better(merged, other);
-    add_normaliser(merged, other);
+    if constexpr (kUnits == kUnitsWithLogs) add_normaliser(merged, other);
   }
-  reduce_group(merged);
+  reduce_group(merged, kUnits == kUnitsWithLogs);
   best = merged;
   return __all_sync(kAllLanes, good);
 }
@@ -149,17 +153,17 @@ __device__ inline bool exchange_group(const Work& work, int row, bool mine, Cand
 __device__ inline Candidate best_candidate(const Work& work, int request, int index, bool valid) {
   const int row = work.shared.row_begin[request] + index;
   const int part = work.lane % kGroup;
-  const bool plain = index >= work.other_rows(request);
+  const bool plain = index >= work.other_rows(request), logs = work.draws.log_probabilities;
   Candidate best = {kNoKey, kNobody, -infinity(), -infinity(), 0};
-  if (valid && !plain && part == 0) best = load_candidate(work.drawn(row));
-  if (valid && (plain || work.draws.log_probabilities)) {
+  if (valid && !plain && part == 0) best = load_candidate(work.drawn(row), logs);
+  if (valid && (plain || logs)) {
     const int first = work.dealing.owner(row * work.per_row);
     const int blocks = work.blocks_of(row);
-#pragma unroll 4
+#pragma unroll 8
     for (int i = part; i < blocks; i += kGroup) {
-      const Candidate other = load_candidate(work.scanned(row, first + i));
+      const Candidate other = load_candidate(work.scanned(row, first + i), logs);
       keep_better(best, other);
-      add_normaliser(best, other);
+      if (logs) add_normaliser(best, other);
     }
   }
   if (__shfl_sync(kAllLanes, best.id, work.lane - part) == kOfTeam) {
@@ -168,12 +172,12 @@ __device__ inline Candidate best_candidate(const Work& work, int request, int in
       best.id = kNobody;
     }
     const int team = work.shared.team_begin[request];
-#pragma unroll 4
+#pragma unroll 8
     for (int i = part; i < work.team_size; i += kGroup) {
-      keep_better(best, load_candidate(work.replacing(team, i)));
+      keep_better(best, load_candidate(work.replacing(team, i), false));
     }
   }
-  reduce_group(best);
+  reduce_group(best, logs);
   return best;
 }
 

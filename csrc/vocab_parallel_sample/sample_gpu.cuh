@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kSampleThreads, 1)
   Exchange exchange(workspace, blockIdx.x, gridDim.x);
   wait_for_predecessor();
   Work work(draws, workspace, exchange, shared);
-  const RequestRows requests = work.read_requests();
+  const RequestRows requests = work.read_requests<T>();
   if constexpr (kWorld > 1) {
     if (!exchange.begin_block()) return;
     if (blockIdx.x == 0) exchange.announce_with_word(announcement);

@@ -14,37 +14,48 @@ struct Consecutive {
   __device__ __forceinline__ int operator()(int i) const { return first + i; }
 };
 
-// One warp's share of n blocks of tokens of a row, block_of(0) ... block_of(n - 1): those steps of
-// two whose turn it is, when dealing begins with warp `turn`. The result is in every lane. The
-// row's options are asked for when the first logits are on their way. With `sums`, of the whole
-// row, these are written and nothing competes.
-template <class T, bool kNormaliser, class BlockOf, class Options, class Weights>
-__device__ __forceinline__ Best scan(const T* logits, int64_t columns, BlockOf block_of, int n,
-                                     int turn, Options options, const Weights& weights,
-                                     BlockSum* sums = nullptr) {
-  constexpr int kUnroll = sizeof(T) == 2 ? 2 : 1;
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const int half = lane >> 4, part = lane & 15;
-  const int steps = (n + 1) / 2;
-  const bool aligned = reinterpret_cast<uintptr_t>(logits) % 16 == 0;
+// The next logits of a warp, on their way while others are worked on.
+template <class T>
+struct Ahead {
+  static constexpr int kSteps = sizeof(T) == 2 ? 2 : 1;
+  Vector8<T> vectors[kSteps];
+  int blocks[kSteps];  // of tokens; -1: none
 
-  // The next steps' logits are on their way while these are worked on.
-  Vector8<T> vectors[kUnroll], next[kUnroll];
-  int blocks[kUnroll], next_blocks[kUnroll];  // -1: none
-  const auto fetch = [&](int j) {
+  // From the j-th step of two of n blocks of tokens on, each warp having one.
+  template <class BlockOf>
+  __device__ __forceinline__ void fetch(const T* logits, int64_t columns, BlockOf block_of, int n,
+                                        int j) {
+    const int half = threadIdx.x >> 4 & 1, part = threadIdx.x & 15;
+    const bool aligned = reinterpret_cast<uintptr_t>(logits) % 16 == 0;
+    if (j >= (n + 1) / 2) return;
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < kSteps; ++u) {
       const int i = 2 * (j + u * kSampleWarps) + half;
       const int block = i < n ? block_of(i) : -1;
       const int64_t column = int64_t{block} * kBlock + part * kVector;
       const int64_t valid = block >= 0 ? columns - column : 0;
-      next[u].load(logits + column, valid < kVector ? static_cast<int>(valid) : kVector, aligned);
-      next_blocks[u] = block;
+      vectors[u].load(logits + column, valid < kVector ? static_cast<int>(valid) : kVector,
+                      aligned);
+      blocks[u] = block;
     }
-  };
-  int j = (warp - turn) & (kSampleWarps - 1);
-  if (j < steps) fetch(j);
-  const RowOptions row = options();
+  }
+};
+// The first step of a warp, when dealing begins with warp `turn`.
+__device__ __forceinline__ int first_step(int turn) {
+  return (static_cast<int>(threadIdx.x >> 5) - turn) & (kSampleWarps - 1);
+}
+
+// One warp's share of n blocks of tokens of a row, block_of(0) ... block_of(n - 1): those steps of
+// two from `j` on whose turn it is, the first of which `ahead` has. The result is in every lane.
+// With `sums`, of the whole row, these are written and nothing competes. Before the keys are
+// computed, go_on() may fetch what comes behind.
+template <class T, bool kNormaliser, class BlockOf, class Weights, class GoOn>
+__device__ __forceinline__ Best scan(const T* logits, int64_t columns, BlockOf block_of, int n,
+                                     int j, Ahead<T>& ahead, const RowOptions& row,
+                                     const Weights& weights, BlockSum* sums, GoOn go_on) {
+  constexpr int kUnroll = Ahead<T>::kSteps;
+  const int part = threadIdx.x & 15;
+  const int steps = (n + 1) / 2;
 
   Best best = Best::none();
   int count = 0;
@@ -72,12 +83,14 @@ __device__ __forceinline__ Best scan(const T* logits, int64_t columns, BlockOf b
     count = 0;
   };
   for (; j < steps; j += kUnroll * kSampleWarps) {
+    Vector8<T> vectors[kUnroll];
+    int blocks[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      vectors[u] = next[u];
-      blocks[u] = next_blocks[u];
+      vectors[u] = ahead.vectors[u];
+      blocks[u] = ahead.blocks[u];
     }
-    if (j + kUnroll * kSampleWarps < steps) fetch(j + kUnroll * kSampleWarps);
+    ahead.fetch(logits, columns, block_of, n, j + kUnroll * kSampleWarps);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       if (j + u * kSampleWarps >= steps) break;
@@ -110,6 +123,7 @@ __device__ __forceinline__ Best scan(const T* logits, int64_t columns, BlockOf b
       if (++count == kKept) flush();
     }
   }
+  go_on();
   flush();
   best.reduce<kNormaliser>(32);
   return best;

@@ -12,7 +12,10 @@ template <class T, class BlockOf, class Weights>
 __device__ inline Candidate best_of(const Work& work, const T* logits, BlockOf block_of, int n,
                                     const RowOptions& row, const Weights& weights) {
   const int64_t columns = work.draws.columns;
-  Best best = scan<T, false>(logits, columns, block_of, n, 0, [&] { return row; }, weights);
+  Ahead<T> ahead;
+  ahead.fetch(logits, columns, block_of, n, first_step(0));
+  Best best = scan<T, false>(logits, columns, block_of, n, first_step(0), ahead, row, weights,
+                             nullptr, [] {});
   __syncthreads();  // nobody still reads what the last row's warps have found
   if (work.lane == 0) work.shared.best[0][work.warp] = best;
   __syncthreads();

@@ -134,9 +134,11 @@ struct Work {
     if (per_row == 0) per_row = 1;
   }
 
-  // What find_rows() needs of memory.
+  // What find_rows() needs of memory. What is needed behind it is asked for meanwhile.
+  template <class T>
   __device__ RequestRows read_requests() const {
     RequestRows read;
+    prefetch_first<T>();
     for (int64_t r = threadIdx.x; r < draws.begin; r += kSampleThreads) {
       read.before += rows_of(draws, r);
     }
@@ -144,12 +146,36 @@ struct Work {
       const int64_t request = draws.begin + threadIdx.x;
       const int rows = rows_of(draws, request);
       const Kind kind(draws, request);
+      if (draws.temperature) {
+        prefetch(draws.seed + request);
+        prefetch(draws.position + request);
+      }
+      if (draws.longest > 0) prefetch(draws.drafts + request * draws.longest);
       read.packed = static_cast<unsigned long long>(rows) << 42 |
                     static_cast<unsigned long long>(kind.plain_rows(rows)) << 21 |
                     (kind.has_team(rows) ? 1 : 0);
       read.fits = !draws.draft_lengths || rows - 1 == __ldg(draws.draft_lengths + request);
     }
     return read;
+  }
+
+  // The logits with which this block begins if all drafts are as long as they can be. It does no
+  // harm if they are not.
+  template <class T>
+  __device__ void prefetch_first() const {
+    const int64_t rows = draws.count * (draws.longest + 1);
+    const int64_t before = draws.begin * (draws.longest + 1);
+    if (before + rows > draws.rows || draws.columns == 0) return;
+    const Dealing likely(static_cast<int>(rows) * per_row, gridDim.x);
+    const int end = likely.begin(blockIdx.x + 1);
+    constexpr int kLine = 128 / sizeof(T), kLines = kBlock / kLine;  // lines of a block of tokens
+    const int block = likely.begin(blockIdx.x) + static_cast<int>(threadIdx.x) / kLines;
+    if (block >= end) return;
+    const int row = block / per_row;
+    const int64_t column =
+        int64_t{block - row * per_row} * kBlock + static_cast<int>(threadIdx.x) % kLines * kLine;
+    if (column >= draws.columns) return;
+    prefetch(static_cast<const T*>(draws.logits) + (before + row) * draws.columns + column);
   }
 
   // The block: where each request's rows begin.
@@ -164,18 +190,18 @@ struct Work {
       const unsigned long long other = __shfl_up_sync(kAllLanes, sum, distance);
       if (lane >= distance) sum += other;
     }
-    if (lane == 31) shared.warp_totals[warp] = sum;
-    __syncthreads();
-    if (read.before) atomicAdd(&shared.rows_before, read.before);
-    unsigned long long total = shared.warp_totals[lane];
+    if (count > 32) {
+      if (lane == 31) shared.warp_totals[warp] = sum;
+      __syncthreads();
+      unsigned long long total = shared.warp_totals[lane];
 #pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) {
-      const unsigned long long other = __shfl_up_sync(kAllLanes, total, distance);
-      if (lane >= distance) total += other;
+      for (int distance = 1; distance < 32; distance *= 2) {
+        const unsigned long long other = __shfl_up_sync(kAllLanes, total, distance);
+        if (lane >= distance) total += other;
+      }
+      const unsigned long long earlier = __shfl_sync(kAllLanes, total, (warp + 31) & 31);
+      if (warp > 0) sum += earlier;
     }
-    const unsigned long long earlier = __shfl_sync(kAllLanes, total, (warp + 31) & 31);
-    const unsigned long long all = __shfl_sync(kAllLanes, total, 31);
-    if (warp > 0) sum += earlier;
     if (static_cast<int>(threadIdx.x) < count) {
       shared.row_begin[threadIdx.x + 1] = RequestRows::rows(sum);
       shared.plain_begin[threadIdx.x + 1] = RequestRows::plain(sum);
@@ -184,14 +210,18 @@ struct Work {
     if (threadIdx.x == 0) {
       shared.row_begin[0] = shared.plain_begin[0] = shared.team_begin[0] = 0;
     }
-    rows_in_all = RequestRows::rows(all);
-    others = rows_in_all - RequestRows::plain(all);
-    teams = RequestRows::teams(all);
+    __syncthreads();
+    if (draws.begin > 0) {
+      if (read.before) atomicAdd(&shared.rows_before, read.before);
+      __syncthreads();
+    }
+    rows_in_all = shared.row_begin[count];
+    others = rows_in_all - shared.plain_begin[count];
+    teams = shared.team_begin[count];
     team_size = max(1, static_cast<int>(gridDim.x) / max(1, teams));
     dealing = Dealing(rows_in_all * per_row, gridDim.x);
     begin = dealing.begin(blockIdx.x);
     end = dealing.begin(blockIdx.x + 1);
-    __syncthreads();
     const int64_t rows = int64_t{shared.rows_before} + rows_in_all;
     const int64_t drafts = rows - draws.begin - count;
     if ((rows > draws.rows || (draws.draft_rows > 0 && drafts > draws.draft_rows)) &&
