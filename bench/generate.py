@@ -22,8 +22,8 @@ from commfuse.models.llama import check_parallelism
 from commfuse.models.stages import cut_stages
 from commfuse.models.tokenizer import Tokenizer
 from commfuse.runtime import launch
-from commfuse.runtime.communicator import SHARED_MEMORY, TORCH_DISTRIBUTED
 from commfuse.runtime.link import Link
+from commfuse.runtime.transports import SHARED_MEMORY, TORCH_DISTRIBUTED
 from commfuse.speculative.ngram import DEFAULT_DRAFT_LENGTH
 
 BACKENDS = ("cpu", "torch", "transformers")

@@ -17,9 +17,9 @@ from commfuse.bench import sampling_peers
 from commfuse.bench.engine_peers import VERIFY_PEERS
 from commfuse.bench.peers import Peer, check_gemm, gemm_then_all_reduce
 from commfuse.ops.all_reduce import reference as all_reduce_reference
-from commfuse.runtime.communicator import SYMMETRIC_MEMORY, Communicator
-from commfuse.testing.adapter import Adapter, Inputs, Outputs
-from commfuse.testing.adapters import EPS
+from commfuse.runtime.communicator import Communicator
+from commfuse.runtime.transports import SYMMETRIC_MEMORY
+from commfuse.testing.adapter import EPS, Adapter, Inputs, Outputs
 from commfuse.testing.numerics import complaint
 
 

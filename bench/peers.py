@@ -12,8 +12,7 @@ from commfuse import ops
 from commfuse.bench import sampling_peers
 from commfuse.ops.matmul import reference as matmul_reference
 from commfuse.runtime.communicator import Communicator
-from commfuse.testing.adapter import Adapter, Inputs, Outputs
-from commfuse.testing.adapters import EPS
+from commfuse.testing.adapter import EPS, Adapter, Inputs, Outputs
 from commfuse.testing.numerics import complaint
 
 

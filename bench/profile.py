@@ -28,8 +28,9 @@ from commfuse.errors import BackendUnavailable
 from commfuse.planner.cluster_file import write_cluster
 from commfuse.runtime import launch
 from commfuse.runtime.channel import Channel
-from commfuse.runtime.communicator import SHARED_MEMORY, Communicator
+from commfuse.runtime.communicator import Communicator
 from commfuse.runtime.symmetric import SymmetricBuffer
+from commfuse.runtime.transports import SHARED_MEMORY
 
 # By device: bytes of messages, 1 KB to 4 MB or 64 MB; side of a square weight; rows of a GEMM that
 # is bound by arithmetic.

@@ -16,8 +16,9 @@ from commfuse.bench.timing import gather
 from commfuse.errors import CommfuseError, UsageError
 from commfuse.runtime import launch
 from commfuse.runtime.channel import Channel
-from commfuse.runtime.communicator import SHARED_MEMORY, TORCH_DISTRIBUTED, Communicator
+from commfuse.runtime.communicator import Communicator
 from commfuse.runtime.link import Link
+from commfuse.runtime.transports import SHARED_MEMORY, TORCH_DISTRIBUTED
 
 TRANSPORTS = {"cpu": SHARED_MEMORY, "torch": TORCH_DISTRIBUTED}
 COLUMNS = 4096

@@ -20,6 +20,7 @@ from .truncation import (
     find_bounds,
     key_of,
     put,
+    rows_of,
 )
 
 # Of a candidate, int64: key, id, logit, log of the normaliser; for what the target has above a
@@ -108,8 +109,7 @@ def draw_kernel(
                 greedy = heat == 0
                 scale = (1.0 / tl.where(greedy, 1.0, heat)).to(tl.float32)
                 own_seed = tl.load(seed + request)
-                row = tl.load(row_begin + request).to(tl.int32)
-                end = tl.load(row_begin + request + 1).to(tl.int32)
+                row, end = rows_of(row_begin, request)
                 first_row = row
                 while row < end:
                     own_position = tl.load(position + request) + row - first_row
@@ -261,8 +261,7 @@ def draw_kernel(
             request = program
             while request < batch:
                 heat = tl.load(temperature + request)
-                row = tl.load(row_begin + request).to(tl.int32)
-                end = tl.load(row_begin + request + 1).to(tl.int32)
+                row, end = rows_of(row_begin, request)
                 first_row = row
                 out = request * (longest + 1)
                 going = rows >= 0

@@ -46,6 +46,12 @@ def fixed(weight):
 
 
 @triton.jit
+def rows_of(row_begin, request):
+    """The first row of a request and the one after its last, int32."""
+    return tl.load(row_begin + request).to(tl.int32), tl.load(row_begin + request + 1).to(tl.int32)
+
+
+@triton.jit
 def exchange(addresses, rank, generation, tag, program, op, dtype, rows, batch, options, max_polls,
              W: tl.constexpr, PADDED: tl.constexpr, MAX_BLOCKS: tl.constexpr,
              WORDS: tl.constexpr):  # fmt: skip
@@ -94,8 +100,7 @@ def find_bounds(
     # The largest logit, and the draft's logit and probability, which one rank has.
     request = program
     while request < batch:
-        row = tl.load(row_begin + request).to(tl.int32)
-        end = tl.load(row_begin + request + 1).to(tl.int32)
+        row, end = rows_of(row_begin, request)
         first = row
         while row < end:
             base = logits + row.to(tl.int64) * columns
@@ -130,8 +135,7 @@ def find_bounds(
     if outcome == OK:
         request = program
         while request < batch:
-            row = tl.load(row_begin + request).to(tl.int32)
-            end = tl.load(row_begin + request + 1).to(tl.int32)
+            row, end = rows_of(row_begin, request)
             while row < end:
                 slot = own + source * (SLOT // 8) + row * ROW_WORDS
                 kept = state + row * STATE
@@ -163,8 +167,7 @@ def find_bounds(
         if outcome == OK:
             request = program
             while request < batch:
-                row = tl.load(row_begin + request).to(tl.int32)
-                end = tl.load(row_begin + request + 1).to(tl.int32)
+                row, end = rows_of(row_begin, request)
                 heat = tl.load(temperature + request)
                 scale = (1.0 / tl.where(heat == 0, 1.0, heat)).to(tl.float32)
                 share, number = tl.load(top_p + request), tl.load(top_k + request)
@@ -198,8 +201,7 @@ def find_bounds(
         if outcome == OK:
             request = program
             while request < batch:
-                row = tl.load(row_begin + request).to(tl.int32)
-                end = tl.load(row_begin + request + 1).to(tl.int32)
+                row, end = rows_of(row_begin, request)
                 share, number = tl.load(top_p + request), tl.load(top_k + request)
                 asked = tl.where(by_mass, share < 1, number > 0)
                 asked = asked & (tl.load(temperature + request) != 0)
@@ -236,8 +238,7 @@ def find_bounds(
         if outcome == OK:
             request = program
             while request < batch:
-                row = tl.load(row_begin + request).to(tl.int32)
-                end = tl.load(row_begin + request + 1).to(tl.int32)
+                row, end = rows_of(row_begin, request)
                 heat = tl.load(temperature + request)
                 scale = (1.0 / tl.where(heat == 0, 1.0, heat)).to(tl.float32)
                 while row < end:
@@ -262,8 +263,7 @@ def find_bounds(
         if outcome == OK:
             request = program
             while request < batch:
-                row = tl.load(row_begin + request).to(tl.int32)
-                end = tl.load(row_begin + request + 1).to(tl.int32)
+                row, end = rows_of(row_begin, request)
                 while row < end:
                     slot = own + source * (SLOT // 8) + row * ROW_WORDS
                     masses = tl.load(slot, source < W, other=0)

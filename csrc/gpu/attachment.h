@@ -52,13 +52,14 @@ class Attachment {
   uint64_t* row_report() const { return row_report_on_gpu_; }
   uint64_t take_row_report(cudaStream_t stream);
 
-  // Memory that every rank maps at addresses[rank], for tensors that are reduced in place.
+  // Memory that every rank maps at addresses[rank], for tensors that are reduced in place: bytes, a
+  // multiple of 16. All of it has less than 2^32 times 16 bytes (Communicator.empty checks that).
   void add_buffer(const std::vector<uint64_t>& addresses, int64_t bytes) {
     buffers_.push_back({addresses, bytes});
   }
   struct Place {
     void* peers[kMaxRanks];
-    uint32_t id;  // equal on all ranks where the places are
+    uint32_t id;  // equal on all ranks where the places are; another for every 16 bytes; not 0
   };
   // Where the peers have what lies at data here; none outside the buffers.
   std::optional<Place> find(const void* data, int64_t bytes) const;

@@ -124,15 +124,19 @@ void Attachment::check_stream(cudaStream_t stream, const Descriptor& descriptor)
 
 std::optional<Attachment::Place> Attachment::find(const void* data, int64_t bytes) const {
   const uint64_t begin = reinterpret_cast<uint64_t>(data);
-  for (size_t b = 0; b < buffers_.size(); ++b) {
-    const uint64_t base = buffers_[b].addresses[communicator_.rank()];
-    if (begin < base || begin + bytes > base + buffers_[b].bytes) continue;
+  int64_t before = 0;  // bytes of the buffers that were added before this one
+  for (const Buffer& buffer : buffers_) {
+    const uint64_t base = buffer.addresses[communicator_.rank()];
+    if (begin < base || begin + bytes > base + buffer.bytes) {
+      before += buffer.bytes;
+      continue;
+    }
     Place place = {};
     const uint64_t offset = begin - base;
     for (int r = 0; r < communicator_.world(); ++r) {
-      place.peers[r] = reinterpret_cast<void*>(buffers_[b].addresses[r] + offset);
+      place.peers[r] = reinterpret_cast<void*>(buffer.addresses[r] + offset);
     }
-    place.id = static_cast<uint32_t>(b + 1) << 28 ^ static_cast<uint32_t>(offset / 16);
+    place.id = static_cast<uint32_t>(1 + (before + offset) / 16);
     return place;
   }
   return std::nullopt;

@@ -79,6 +79,11 @@ def final(rank: dict) -> bool:
             "matmul_all_reduce bfloat16[2, 8] (variant",
         ),
         ("large", "all_reduce float32[3000000]", "all_reduce float32[5]"),
+        (
+            "places",
+            "all_reduce float32[64] (variant 1)",
+            "all_reduce float32[64] (variant 257)",
+        ),
     ],
 )
 def test_calls_that_differ_are_both_named_on_every_rank(failures, case, common, other):

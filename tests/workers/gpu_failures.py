@@ -21,6 +21,13 @@ def alive(device: torch.device) -> bool:
         return total == 2000 and out.tolist() == [comm.world_size] * 3
 
 
+def in_place(comm, place: int):
+    """Sums one of 17 tensors in the memory that the GPUs share, where they lie."""
+    comm._native.set_all_reduce_thresholds(0, 0)
+    tensors = [comm.empty((64,), torch.float32) for _ in range(17)]
+    return ops.all_reduce_(tensors[place], comm)
+
+
 def failures() -> dict[str, dict]:
     """Calls that do not belong together, a rank that leaves a call out, and a second stream."""
     device, found = launch.use_gpu(), {}
@@ -43,6 +50,7 @@ def failures() -> dict[str, dict]:
             lambda c: ops.all_reduce(torch.ones(3_000_000, device=device), c),
             lambda c: ops.all_reduce(torch.ones(5, device=device), c),
         ),
+        "places": (lambda c: in_place(c, 0), lambda c: in_place(c, 16)),
     }
     with torch.inference_mode():
         for name, (ours, other) in pairs.items():

@@ -18,8 +18,8 @@ from commfuse.generation.statistics import bubble
 from commfuse.models.llama import Llama
 from commfuse.models.stages import Stage, StageCosts
 from commfuse.models.tokenizer import Tokenizer
-from commfuse.runtime.communicator import TORCH_DISTRIBUTED
 from commfuse.runtime.mesh import Mesh
+from commfuse.runtime.transports import TORCH_DISTRIBUTED
 
 USED_OPS = {
     "vocab_parallel_embedding": True,

@@ -11,12 +11,11 @@ from commfuse.nn.linear import (
     GatedColumnParallelLinear,
     MergedColumnParallelLinear,
     RowParallelLinear,
-    VocabParallelEmbedding,
-    VocabParallelHead,
 )
 from commfuse.nn.norm import RMSNorm
 from commfuse.nn.sharded import ShardedGroup, ShardedModule, gather_state_dict
 from commfuse.nn.sharding import HeadShard, Slice, Span, shard_heads, shard_vocabulary, split
+from commfuse.nn.vocabulary import VocabParallelEmbedding, VocabParallelHead
 
 __all__ = [
     "ColumnParallelLinear",

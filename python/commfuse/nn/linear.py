@@ -1,17 +1,16 @@
-"""Linear layers and embeddings, cut by output features, input features or vocabulary entries."""
+"""Linear layers, cut by output features or input features."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from commfuse import _extension, ops
 from commfuse.errors import UsageError
 from commfuse.nn.sharded import ShardedModule
-from commfuse.nn.sharding import Slice, Span, shard_vocabulary, split
+from commfuse.nn.sharding import Slice, Span, split
 from commfuse.ops import PackedWeight
 from commfuse.ops.matmul import LANES
 from commfuse.runtime.communicator import Communicator
@@ -31,12 +30,12 @@ def _prepare_gated(gate: torch.Tensor, up: torch.Tensor) -> PackedWeight | torch
     return torch.cat((gate, up))
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
+def flat_rows(x: torch.Tensor) -> torch.Tensor:
     """x [..., features] as the kernels take it, contiguous [rows, features]; most often a view."""
     return x.flatten(0, -2).contiguous()
 
 
-class _Linear(ShardedModule):
+class ShardedLinear(ShardedModule):
     """A weight, with or without a bias, of which ``slices`` says what part it is."""
 
     def __init__(
@@ -74,7 +73,7 @@ class _Linear(ShardedModule):
             self.bias.copy_(bias)
 
 
-def _slices(linear: nn.Linear, rows: slice, columns: slice | None = None) -> dict[str, Slice]:
+def slices_of(linear: nn.Linear, rows: slice, columns: slice | None = None) -> dict[str, Slice]:
     """Of the weight and of the bias, which columns do not cut."""
     if type(linear) is not nn.Linear:
         raise UsageError(f"torch.nn.Linear is needed here, not {type(linear).__name__}")
@@ -84,7 +83,7 @@ def _slices(linear: nn.Linear, rows: slice, columns: slice | None = None) -> dic
     return slices
 
 
-class ColumnParallelLinear(_Linear):
+class ColumnParallelLinear(ShardedLinear):
     """y = x wᵀ (+ bias) for the output features of this rank; no communication.
 
     Args:
@@ -122,14 +121,14 @@ class ColumnParallelLinear(_Linear):
             >>> up = ColumnParallelLinear.from_linear(nn.Linear(512, 2048), comm)
         """
         rows = rows or split(linear.out_features, comm.world_size, comm.rank)
-        layer = cls(None, slices=_slices(linear, rows.scaled(1)))
+        layer = cls(None, slices=slices_of(linear, rows.scaled(1)))
         layer.load_from(linear)
         return layer
 
     def forward(self, x: torch.Tensor, float32_out: bool = False) -> torch.Tensor:
         """x: [..., in_features] -> [..., features of this rank]."""
         self.require_loaded()
-        y = ops.matmul(_rows(x), self.weight, self.bias, float32_out=float32_out)
+        y = ops.matmul(flat_rows(x), self.weight, self.bias, float32_out=float32_out)
         return y.unflatten(0, x.shape[:-1])
 
 
@@ -197,7 +196,7 @@ def _merged_slices(
         if type(linear) is not nn.Linear:
             raise UsageError(f"{name} must be a torch.nn.Linear, not a {type(linear).__name__}")
         span = rows[name] if rows else split(linear.out_features, comm.world_size, comm.rank)
-        of_layer = _slices(linear, span.scaled(1))
+        of_layer = slices_of(linear, span.scaled(1))
         slices |= {f"{name}.{kind}": part for kind, part in of_layer.items()}
     inputs = {name: linear.in_features for name, linear in linears.items()}
     if len(set(inputs.values())) > 1:
@@ -312,10 +311,10 @@ class GatedColumnParallelLinear(ShardedModule):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., in_features] -> [..., features of this rank]."""
         self.require_loaded()
-        return ops.gated_matmul(_rows(x), self.weight, self.bias).unflatten(0, x.shape[:-1])
+        return ops.gated_matmul(flat_rows(x), self.weight, self.bias).unflatten(0, x.shape[:-1])
 
 
-class RowParallelLinear(_Linear):
+class RowParallelLinear(ShardedLinear):
     """Sum over ranks of x wᵀ (+ bias), with the residual and the RMSNorm that may follow.
 
     Args:
@@ -357,7 +356,7 @@ class RowParallelLinear(_Linear):
         """
         columns = columns or split(linear.in_features, comm.world_size, comm.rank)
         rows = slice(0, linear.out_features)
-        layer = cls(None, comm, slices=_slices(linear, rows, columns.scaled(1)))
+        layer = cls(None, comm, slices=slices_of(linear, rows, columns.scaled(1)))
         layer.load_from(linear)
         return layer
 
@@ -371,9 +370,9 @@ class RowParallelLinear(_Linear):
         """As :func:`commfuse.ops.matmul_all_reduce`; without a norm x is [..., k]."""
         self.require_loaded()
         if norm_weight is None:
-            rows = None if residual is None else _rows(residual)
+            rows = None if residual is None else flat_rows(residual)
             y = ops.matmul_all_reduce(
-                _rows(x), self.weight, self.comm, bias=self.bias, residual=rows
+                flat_rows(x), self.weight, self.comm, bias=self.bias, residual=rows
             )
             return y.unflatten(0, x.shape[:-1])
         return ops.matmul_all_reduce(
@@ -385,147 +384,3 @@ class RowParallelLinear(_Linear):
             norm_weight=norm_weight,
             eps=eps,
         )
-
-
-class VocabParallelEmbedding(_Linear):
-    """The embedding of a vocabulary that is cut over the ranks.
-
-    Args:
-        weight: [entries of this rank, hidden].
-        vocab_begin: global id of the first entry.
-        comm: the ranks that hold the others.
-    """
-
-    def __init__(
-        self,
-        weight: torch.Tensor | None,
-        vocab_begin: int,
-        comm: Communicator,
-        *,
-        slices: Mapping[str, Slice] | None = None,
-    ):
-        super().__init__(weight, None, slices or {})
-        self.vocab_begin = vocab_begin
-        self.comm = comm
-
-    @classmethod
-    def from_embedding(cls, embedding: nn.Embedding, comm: Communicator) -> VocabParallelEmbedding:
-        """This rank's part of an embedding that every rank has whole, or on torch's meta device.
-
-        Args:
-            embedding: weight [entries, hidden].
-            comm: the ranks; they are given contiguous entries, cut at multiples of 128.
-
-        Raises:
-            UsageError: not a ``torch.nn.Embedding`` but a subclass or something else, or one that
-                rescales its weights (``max_norm``).
-
-        Example:
-            >>> embedding = VocabParallelEmbedding.from_embedding(nn.Embedding(32000, 512), comm)
-        """
-        if type(embedding) is not nn.Embedding or embedding.max_norm is not None:
-            raise UsageError(
-                "torch.nn.Embedding without max_norm is needed here, not "
-                f"{type(embedding).__name__}"
-            )
-        shard = shard_vocabulary(embedding.num_embeddings, comm.world_size, comm.rank)
-        slices = {"weight": Slice(tuple(embedding.weight.shape), shard.scaled(1))}
-        layer = cls(None, shard.begin, comm, slices=slices)
-        layer.load_from(embedding)
-        return layer
-
-    def forward(
-        self,
-        tokens: torch.Tensor,
-        norm_weight: torch.Tensor | None = None,
-        eps: float = 1e-6,
-        backend: str = "auto",
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """As :func:`commfuse.ops.vocab_parallel_embedding`; tokens [...] without a norm."""
-        self.require_loaded()
-        if norm_weight is None:
-            rows = ops.vocab_parallel_embedding(
-                tokens.flatten(), self.weight, self.vocab_begin, self.comm, backend=backend
-            )
-            return rows.unflatten(0, tokens.shape)
-        return ops.vocab_parallel_embedding(
-            tokens,
-            self.weight,
-            self.vocab_begin,
-            self.comm,
-            norm_weight=norm_weight,
-            eps=eps,
-            backend=backend,
-        )
-
-
-class VocabParallelHead(_Linear):
-    """Logits from a vocabulary that is cut over the ranks.
-
-    Args:
-        weight: [entries of this rank, hidden], or the embedding to which the head is tied.
-        vocabulary: entries of all ranks.
-        comm: the ranks that hold the others.
-        bias: [entries of this rank] or None.
-    """
-
-    def __init__(
-        self,
-        weight: torch.Tensor | VocabParallelEmbedding | None,
-        vocabulary: int,
-        comm: Communicator,
-        bias: torch.Tensor | None = None,
-        *,
-        slices: Mapping[str, Slice] | None = None,
-    ):
-        tied = isinstance(weight, VocabParallelEmbedding)
-        super().__init__(None if tied else weight, bias, slices or {})
-        if tied:
-            weight.require_loaded()
-            self.weight, self.dtype, self.loaded = weight.weight, weight.dtype, True
-        self.comm = comm
-        ranks = range(comm.world_size)
-        self.widths = [len(shard_vocabulary(vocabulary, comm.world_size, rank)) for rank in ranks]
-
-    @classmethod
-    def from_linear(cls, linear: nn.Linear, comm: Communicator) -> VocabParallelHead:
-        """This rank's part of a head that every rank has whole, or on torch's meta device.
-
-        Args:
-            linear: weight [entries, hidden].
-            comm: the ranks; they are given contiguous entries, cut at multiples of 128.
-
-        Raises:
-            UsageError: not a ``torch.nn.Linear`` but a subclass or something else.
-
-        Example:
-            >>> head = VocabParallelHead.from_linear(nn.Linear(512, 32000, bias=False), comm)
-        """
-        shard = shard_vocabulary(linear.out_features, comm.world_size, comm.rank)
-        slices = _slices(linear, shard.scaled(1))
-        head = cls(None, linear.out_features, comm, slices=slices)
-        head.load_from(linear)
-        return head
-
-    def local(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [rows, hidden] -> [rows, entries of this rank]; no communication.
-
-        Packed weights give float32, the sums of the GEMM; others x's dtype.
-        """
-        self.require_loaded()
-        packed = isinstance(self.weight, PackedWeight)
-        return ops.matmul(x, self.weight, self.bias, float32_out=packed)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [..., hidden] -> [..., entries of all ranks] in x's dtype, the same on every rank."""
-        self.require_loaded()
-        logits = ops.matmul(_rows(x), self.weight, self.bias)
-        if self.comm.world_size > 1:
-            # The first rank has the most entries.
-            padded = F.pad(logits, (0, self.widths[0] - logits.shape[1]))
-            every = ops.all_gather(padded, self.comm).unflatten(
-                0, (self.comm.world_size, len(logits))
-            )
-            parts = [every[rank, :, :width] for rank, width in enumerate(self.widths)]
-            logits = torch.cat(parts, dim=1)
-        return logits.unflatten(0, x.shape[:-1])

@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from commfuse.ops._registry import DTYPES, Query
-from commfuse.runtime.communicator import HIERARCHICAL, Communicator
+from commfuse.runtime import torch_collectives
+from commfuse.runtime.communicator import Communicator
+from commfuse.runtime.transports import HIERARCHICAL
 
 
 def hierarchical_obstacle(comm: Communicator | None, query: Query) -> str | None:
@@ -34,10 +36,10 @@ def hierarchical_all_reduce(comm: Communicator, x: torch.Tensor) -> torch.Tensor
     what = f"all_reduce {str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
     with hierarchy.failing_together(what):
         mine = torch.ops.commfuse.reduce_scatter(flat, handle)
-        comm.sum_across_hosts(mine, what)
+        torch_collectives.sum_across_hosts(comm, mine, what)
         whole = torch.ops.commfuse.all_gather(mine, handle)
     return whole[:count].view(x.shape)
 
 
 # By backend: (communicator, x) to the sum over ranks; x may be overwritten, and be the result.
-SUMS = {"hierarchical": hierarchical_all_reduce, "torch": Communicator.torch_all_reduce}
+SUMS = {"hierarchical": hierarchical_all_reduce, "torch": torch_collectives.all_reduce}

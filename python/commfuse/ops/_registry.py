@@ -10,7 +10,9 @@ import torch
 
 from commfuse import _extension
 from commfuse.errors import BackendUnavailable
-from commfuse.runtime.communicator import SHARED_MEMORY, Communicator
+from commfuse.runtime import torch_collectives
+from commfuse.runtime.communicator import Communicator
+from commfuse.runtime.transports import SHARED_MEMORY
 
 # Registered before the extension's implementations are looked up; the extension is loaded by
 # importing commfuse._extension.
@@ -189,7 +191,8 @@ def torch_obstacle(comm: Communicator | None, query: Query) -> str | None:
         return "the weight is packed for the CPU"
     if query.packed and _extension.module is None:
         return _extension.reason
-    symmetric = comm is not None and query.device == "cuda" and comm.torch_uses_symmetric_memory
+    on_gpu = comm is not None and query.device == "cuda"
+    symmetric = on_gpu and torch_collectives.uses_symmetric_memory(comm)
     if symmetric and query.dtype not in (torch.bfloat16, torch.float32):
         return f"torch's symmetric-memory ops take bfloat16 and float32, not {query.dtype}"
     return None

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from commfuse.errors import CommfuseError, UsageError
+from commfuse.runtime import torch_collectives
 from commfuse.runtime.communicator import Communicator
 
 BLOCK = 128  # tokens that share one draw of noise; shards are cut at multiples of it
@@ -227,7 +228,7 @@ def log_probabilities_of(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Te
 
 def gather_columns(x: torch.Tensor, comm: Communicator) -> torch.Tensor:
     """Every rank's columns side by side, by torch.distributed: [rows, shard] to [rows, all]."""
-    sizes = comm.torch_all_gather(torch.tensor([x.shape[1]]))[:, 0].tolist()
+    sizes = torch_collectives.all_gather(comm, torch.tensor([x.shape[1]]))[:, 0].tolist()
     padded = torch.nn.functional.pad(x, (0, max(sizes) - x.shape[1]))
-    shards = comm.torch_all_gather(padded)
+    shards = torch_collectives.all_gather(comm, padded)
     return torch.cat([shard[:, :size] for shard, size in zip(shards, sizes, strict=True)], dim=1)

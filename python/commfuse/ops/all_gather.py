@@ -16,6 +16,7 @@ from commfuse.ops._registry import (
     define,
     torch_obstacle,
 )
+from commfuse.runtime import torch_collectives
 from commfuse.runtime.communicator import Communicator
 
 
@@ -44,7 +45,7 @@ def _native(x: torch.Tensor, comm: Communicator) -> torch.Tensor:
 
 def _torch(x: torch.Tensor, comm: Communicator) -> torch.Tensor:
     _check_dimensions(x)
-    gathered = comm.torch_all_gather(x).flatten(0, 1)
+    gathered = torch_collectives.all_gather(comm, x).flatten(0, 1)
     return gathered.clone() if comm.world_size == 1 else gathered  # of one rank it is x itself
 
 

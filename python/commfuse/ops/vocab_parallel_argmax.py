@@ -17,6 +17,7 @@ from commfuse.ops._registry import (
 )
 from commfuse.ops._sampling import Sampling
 from commfuse.ops._triton import draw_triton, triton_draw_obstacle
+from commfuse.runtime import torch_collectives
 from commfuse.runtime.communicator import Communicator
 
 
@@ -66,7 +67,7 @@ def torch_argmax(
         scores = logits.max(dim=1).values
         first = (logits == scores[:, None]).int().argmax(dim=1)
         winners = torch.stack((scores.double(), (first + vocab_begin).double()), dim=1)
-    gathered = comm.torch_all_gather(winners)
+    gathered = torch_collectives.all_gather(comm, winners)
     scores, ids = gathered[..., 0], gathered[..., 1]
     best = scores.max(dim=0).values
     for row, score in enumerate(best.tolist()):

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import math
-import os
 import secrets
-import socket
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,20 +14,21 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from commfuse import _extension
 from commfuse.errors import BackendUnavailable, CommunicatorClosed, UsageError
-from commfuse.runtime import symmetric, tuning
+from commfuse.runtime import shared_memory, symmetric, transports, tuning
+from commfuse.runtime.gpu_memory import GpuMemory
 from commfuse.runtime.hierarchy import Hierarchy
 from commfuse.runtime.link import Link
-
-SHARED_MEMORY = "shared memory"
-SYMMETRIC_MEMORY = "symmetric memory"
-TORCH_DISTRIBUTED = "torch.distributed"
-HIERARCHICAL = "hierarchical"
-LOCAL = "local"
+from commfuse.runtime.transports import (
+    HIERARCHICAL,
+    LOCAL,
+    SHARED_MEMORY,
+    SYMMETRIC_MEMORY,
+    TORCH_DISTRIBUTED,
+)
 
 DEFAULT_PAYLOAD_BYTES = 4 << 20
 DEFAULT_WORKSPACE_BYTES = {"cpu": 1 << 20, "cuda": 16 << 20}
 HOST_PAYLOAD_BYTES = 4096  # of a CUDA communicator, whose messages stay on the GPUs
-GPU_SLOT_ALIGNMENT = 256
 MOST_BYTES = 1 << 47  # the address space of a process; also keeps all sizes within 64 bits
 
 
@@ -49,12 +46,6 @@ class Statistics:
     calls: int = 0
     bytes_sent: int = 0
     communication_seconds: float = 0.0
-
-
-def _host_identity() -> tuple[str, str, str]:
-    """Equal for processes that can reach each other's abstract sockets and shared memory."""
-    with open("/proc/sys/kernel/random/boot_id") as boot_id:
-        return socket.gethostname(), boot_id.read().strip(), os.readlink("/proc/self/ns/net")
 
 
 class Communicator:
@@ -101,8 +92,6 @@ class Communicator:
         transport_reason: why ``"auto"`` has chosen neither shared nor symmetric memory, or None.
         hosts: the ranks of each host, in order.
         hierarchy: how the ranks of several hosts meet; None with other transports.
-        table: the crossovers by which kernels on GPUs are chosen, rank 0's; None on the CPU.
-        table_source: where the table comes from, in words.
 
     Example:
         >>> torch.distributed.init_process_group("gloo")
@@ -133,13 +122,7 @@ class Communicator:
                 )
             group = group.get_group()
         self.device = symmetric.resolve_device(device)
-        own = SYMMETRIC_MEMORY if self.device.type == "cuda" else SHARED_MEMORY
-        known = ["auto", own, *([HIERARCHICAL] if own == SHARED_MEMORY else []), TORCH_DISTRIBUTED]
-        if transport not in known:
-            raise UsageError(
-                f"unknown transport {transport!r} on {self.device.type}: use one of "
-                f"{', '.join(map(repr, known))}"
-            )
+        transports.check_name(transport, self.device)
         if workspace_bytes is None:
             workspace_bytes = DEFAULT_WORKSPACE_BYTES[self.device.type]
         if payload_bytes <= 0 or workspace_bytes < 0 or not timeout > 0:
@@ -163,14 +146,9 @@ class Communicator:
         self.port_free_ns = 0  # of an emulated link, for messages by torch.distributed
         self._torch_traffic = Statistics()
         self._native = None
-        self._messages: symmetric.SymmetricBuffer | None = None
-        self._workspace: symmetric.SymmetricBuffer | None = None
-        self._tensors: list[symmetric.SymmetricBuffer] = []
+        self._gpu: GpuMemory | None = None
         self._torch_symmetric: symmetric.TorchAllReduce | None = None
-        self._payload_bytes = 0
         self.transport_reason: str | None = None
-        self.table: tuning.Table | None = None
-        self.table_source: str | None = None
         self.hosts = [[0]]
         self.hierarchy: Hierarchy | None = None
         if self.world_size == 1:
@@ -180,12 +158,14 @@ class Communicator:
             if self.device.type == "cuda" and _extension.why_no_cuda() is None:
                 self._share_gpu_memory(payload_bytes, 0)
         else:
-            self.transport = self._choose_transport(transport, own, host)
-            everybody = list(range(self.world_size))
+            choice = transports.choose(transport, self.device, host, self.gather)
+            self.transport, self.transport_reason = choice.transport, choice.reason
+            self.hosts = choice.hosts
+            everybody = range(self.world_size)
             if self.transport == SHARED_MEMORY:
-                self._native = self._share_memory(payload_bytes, workspace_bytes, link, everybody)
+                self._native = self._connect(everybody, payload_bytes, workspace_bytes, link)
             elif self.transport == SYMMETRIC_MEMORY:
-                self._native = self._share_memory(HOST_PAYLOAD_BYTES, 0, None, everybody)
+                self._native = self._connect(everybody, HOST_PAYLOAD_BYTES, 0, None)
                 self._share_gpu_memory(payload_bytes, workspace_bytes)
             elif self.transport == HIERARCHICAL:
                 self.hierarchy = self._meet_hosts(payload_bytes, link_inside, name)
@@ -202,50 +182,34 @@ class Communicator:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def _choose_transport(self, asked: str, own: str, host: str | None) -> str:
-        on_gpu = self.device.type == "cuda"
-        missing = _extension.why_no_cuda() if on_gpu else _extension.reason
-        place = symmetric.device_identity(self.device) if on_gpu else ("", "")
-        identity = (host, *_host_identity())
-        identities, reasons, places = zip(*self.gather((identity, missing, place)), strict=True)
-        by_host: dict[tuple, list[int]] = {}
-        for rank, found in enumerate(identities):
-            by_host.setdefault(found, []).append(rank)
-        self.hosts = list(by_host.values())
-        if asked == TORCH_DISTRIBUTED:
-            return TORCH_DISTRIBUTED
-        problem = next((reason for reason in reasons if reason is not None), None)
-        some_together = 1 < len(self.hosts) < self.world_size and not on_gpu
-        if asked == HIERARCHICAL and not some_together:
-            problem = (
-                "no two ranks share a host" if len(self.hosts) > 1 else "all ranks share one host"
-            )
-        elif some_together and problem is None and asked != own:
-            self.transport_reason = f"the ranks run on {len(self.hosts)} hosts"
-            return HIERARCHICAL
-        elif len(self.hosts) > 1:
-            instead = HIERARCHICAL if some_together and problem is None else TORCH_DISTRIBUTED
-            problem = (
-                f"the ranks run on {len(self.hosts)} hosts and cannot share memory; use "
-                f"transport={instead!r}"
-            )
-        elif on_gpu and problem is None:
-            if conflict := symmetric.placement_problem(list(places)):
-                raise UsageError(conflict)
-            unreachable = self.gather(symmetric.unreachable(self.device, [g for g, _ in places]))
-            problem = next((reason for reason in unreachable if reason is not None), None)
-        if problem is None:
-            return own
-        if asked != "auto":
-            raise BackendUnavailable(problem)
-        self.transport_reason = problem
-        return TORCH_DISTRIBUTED
+    def _connect(
+        self, members: Sequence[int], payload_bytes: int, workspace_bytes: int, link: Link | None
+    ) -> Any:
+        return shared_memory.connect(
+            self.rank,
+            members,
+            self.gather,
+            payload_bytes=payload_bytes,
+            workspace_bytes=workspace_bytes,
+            timeout=self.timeout,
+            link=link,
+        )
 
     def _meet_hosts(self, payload_bytes: int, link: Link | None, name: str | None) -> Hierarchy:
         here = next(ranks for ranks in self.hosts if self.rank in ranks)
-        inside = self._share_memory(payload_bytes, 0, link, here)
+        inside = self._connect(here, payload_bytes, 0, link)
         token = self.gather(f"commfuse-{secrets.token_hex(8)}")[0]
         return Hierarchy(self.group, self.hosts, inside, token, self.timeout, name)
+
+    def _share_gpu_memory(self, payload_bytes: int, workspace_bytes: int) -> None:
+        self._gpu = GpuMemory(
+            self._native,
+            self.group,
+            self.device,
+            self.gather,
+            payload_bytes=payload_bytes,
+            workspace_bytes=workspace_bytes,
+        )
 
     def transport_between(self, a: int, b: int) -> str:
         """What carries data between two ranks.
@@ -261,32 +225,6 @@ class Communicator:
         together = any(a in ranks and b in ranks for ranks in self.hosts)
         return SHARED_MEMORY if together else TORCH_DISTRIBUTED
 
-    def _share_gpu_memory(self, payload_bytes: int, workspace_bytes: int) -> None:
-        slot_bytes = -(-payload_bytes // GPU_SLOT_ALIGNMENT) * GPU_SLOT_ALIGNMENT
-        nbytes = _extension.require().gpu_workspace_bytes(self.world_size, slot_bytes)
-        self._messages = symmetric.SymmetricBuffer(self.group, nbytes, self.device)
-        properties = torch.cuda.get_device_properties(self.device)
-        # Grids must be alike on all ranks, and so must what is chosen by the table: rank 0's.
-        mine = (properties.multi_processor_count, None)
-        if self.rank == 0:
-            mine = (mine[0], tuning.load(properties.name, self.world_size))
-        everybody = self.gather(mine)
-        self._native.attach_gpu(
-            self.device.index,
-            self._messages.addresses,
-            slot_bytes,
-            min(multiprocessors for multiprocessors, _ in everybody),
-        )
-        self.table, self.table_source = everybody[0][1]
-        self._native.set_all_reduce_thresholds(self.table.one_shot_bytes, self.table.lines_bytes)
-        self._native.set_fused_rows(self.table.fused_from_rows, self.table.fused_to_rows)
-        self._native.set_claimed_percent(self.table.claimed_percent)
-        self._payload_bytes = slot_bytes
-        if workspace_bytes:
-            self._workspace = symmetric.SymmetricBuffer(self.group, workspace_bytes, self.device)
-        if self.world_size > 1:
-            self._native.barrier()  # nobody calls before all have loaded their kernels
-
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A tensor, all zeros, in memory that every rank's GPU maps.
 
@@ -300,6 +238,7 @@ class Communicator:
 
         Raises:
             BackendUnavailable: the communicator shares no GPU memory.
+            UsageError: all such tensors of the communicator would take 64 GiB or more.
 
         Example:
             >>> x = comm.empty((1024, 8192), torch.bfloat16)
@@ -309,36 +248,7 @@ class Communicator:
             raise BackendUnavailable(
                 f"transport {self.transport!r} on {self.device.type} shares no GPU memory"
             )
-        numel = math.prod(shape)
-        nbytes = max(16, -(-numel * dtype.itemsize // 16) * 16)
-        buffer = symmetric.SymmetricBuffer(self.group, nbytes, self.device)
-        self._native.add_gpu_buffer(buffer.addresses, nbytes)
-        self._tensors.append(buffer)
-        return buffer.local.view(dtype)[:numel].view(*shape)
-
-    def _share_memory(
-        self, payload_bytes: int, workspace_bytes: int, link: Link | None, members: list[int]
-    ):
-        """The extension's communicator among ``members``, of which this rank is one."""
-        native = _extension.require()
-        server, offer = None, (None, None)
-        if self.rank == members[0] and len(members) > 1:
-            try:
-                server = native.SegmentServer(len(members), payload_bytes, workspace_bytes)
-                offer = server.address, None
-            except RuntimeError as error:
-                offer = None, str(error)
-        addresses, problems = zip(*self.gather(offer), strict=True)
-        if problem := next((problem for problem in problems if problem is not None), None):
-            raise UsageError(problem)
-        if len(members) == 1:
-            return native.Communicator()
-        latency_ns = link.latency_us * 1e3 if link else 0.0
-        bytes_per_ns = link.gigabytes_per_second if link else 0.0
-        if server is not None:
-            return native.Communicator.serve(server, self.timeout, latency_ns, bytes_per_ns)
-        address, place = addresses[members[0]], members.index(self.rank)
-        return native.Communicator.connect(address, place, self.timeout, latency_ns, bytes_per_ns)
+        return self._gpu.tensor(shape, dtype)
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -370,20 +280,31 @@ class Communicator:
     @property
     def serves_gpu(self) -> bool:
         """Whether our CUDA kernels can run on it."""
-        return self._messages is not None
+        return self._gpu is not None
+
+    @property
+    def table(self) -> tuning.Table | None:
+        """The crossovers by which kernels on GPUs are chosen, rank 0's; None on the CPU."""
+        return self._gpu.table if self._gpu is not None else None
+
+    @property
+    def table_source(self) -> str | None:
+        """Where the table comes from, in words."""
+        return self._gpu.table_source if self._gpu is not None else None
 
     @property
     def payload_bytes(self) -> int:
         """The largest message of one call over shared memory, bytes; 0 for other transports."""
         if self._native is None or self.device.type == "cuda":
-            return self._payload_bytes
+            return self._gpu.payload_bytes if self._gpu is not None else 0
         return self._native.payload_bytes
 
     @property
     def workspace_bytes(self) -> int:
         """The size of each rank's workspace, bytes; 0 where there is no shared memory."""
         if self._native is None or self.device.type == "cuda":
-            return self._workspace.nbytes if self._workspace is not None else 0
+            shared = self._gpu.workspace if self._gpu is not None else None
+            return shared.nbytes if shared is not None else 0
         return self._native.workspace_bytes
 
     def workspace(self, rank: int) -> torch.Tensor:
@@ -396,8 +317,8 @@ class Communicator:
         """
         if self._native is None:
             raise BackendUnavailable(f"transport {self.transport!r} shares no memory")
-        if self._workspace is not None:
-            return self._workspace.of_rank(rank)
+        if self._gpu is not None and self._gpu.workspace is not None:
+            return self._gpu.workspace.of_rank(rank)
         return self._native.workspace(rank)
 
     def check_host(self) -> None:
@@ -463,31 +384,6 @@ class Communicator:
             )
         self._native.hand_over(nbytes)
 
-    def torch_all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """Sums ``x`` over the ranks, in place, by torch.distributed: what commfuse competes with.
-
-        An emulated link is charged for a ring: 2 (W - 1) messages of a W-th of the bytes. GPU
-        tensors go through torch's symmetric memory where the process group has no NCCL.
-        """
-        self.check_host()
-        if self.world_size == 1:
-            self._torch_traffic.calls += 1
-            return x
-        begin = time.perf_counter()
-        if x.is_cuda and self.torch_uses_symmetric_memory:
-            self.torch_symmetric(x)
-        else:
-            dist.all_reduce(x, group=self.group)
-        steps = 2 * (self.world_size - 1)
-        transferred = x.nbytes * steps // self.world_size
-        self._count_torch(begin, transferred, steps)
-        return x
-
-    @property
-    def torch_uses_symmetric_memory(self) -> bool:
-        """Whether :meth:`torch_all_reduce` sums GPU tensors by torch's symmetric-memory ops."""
-        return self.transport == SYMMETRIC_MEMORY and "nccl" not in dist.get_backend(self.group)
-
     @property
     def torch_symmetric(self) -> symmetric.TorchAllReduce:
         """torch's all-reduces over memory that the GPUs share."""
@@ -495,47 +391,8 @@ class Communicator:
             self._torch_symmetric = symmetric.TorchAllReduce(self.group, self.device)
         return self._torch_symmetric
 
-    def torch_all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        """Stacks every rank's ``x``: [...] to [W, ...], by torch.distributed."""
-        self.check_host()
-        if self.world_size == 1:
-            self._torch_traffic.calls += 1
-            return x.unsqueeze(0)
-        begin = time.perf_counter()
-        # gloo gathers in CPU memory only.
-        here = x.contiguous() if "nccl" in dist.get_backend(self.group) else x.cpu().contiguous()
-        if self.hierarchy is not None:
-            dtype = str(x.dtype).removeprefix("torch.")
-            with self.hierarchy.failing_together():
-                gathered = self.hierarchy.gather(here, f"all_gather {dtype}{list(x.shape)}")
-        else:
-            gathered = [torch.empty_like(here) for _ in range(self.world_size)]
-            dist.all_gather(gathered, here, group=self.group)
-        steps = self.world_size - 1
-        self._count_torch(begin, x.nbytes * steps, steps)
-        return torch.stack(gathered).to(x.device)
-
-    def sum_across_hosts(self, mine: torch.Tensor, what: str) -> None:
-        """Adds up, in place, what all hosts have of this rank's slice: see :class:`Hierarchy`.
-
-        An emulated link is charged for one message, of all that the rank sends.
-        """
-        begin = time.perf_counter()
-        sent = self.hierarchy.sum_across(mine, what)
-        self._count_torch(begin, sent, 1)
-
-    def _count_torch(self, begin: float, transferred: int, messages: int) -> None:
-        end = time.perf_counter()
-        if self.link is not None:
-            end += self.link.seconds(messages, transferred)
-            while time.perf_counter() < end:
-                pass
-        self._torch_traffic.calls += 1
-        self._torch_traffic.bytes_sent += transferred
-        self._torch_traffic.communication_seconds += end - begin
-
     def count_message(self, bytes_sent: int, seconds: float) -> None:
-        """Counts a message of a channel that torch.distributed has carried."""
+        """Counts a call, or a message of a channel, that torch.distributed has carried."""
         self._torch_traffic.calls += 1
         self._torch_traffic.bytes_sent += bytes_sent
         self._torch_traffic.communication_seconds += seconds
@@ -609,12 +466,9 @@ class Communicator:
             finally:
                 if self._native is not None:
                     self._native.close()
-                    if self.serves_gpu:
-                        self._native.detach_gpu()
-                shared = (self._messages, self._workspace, self._torch_symmetric, *self._tensors)
-                for buffer in shared:
-                    if buffer is not None:
-                        buffer.close()
+                for memory in (self._gpu, self._torch_symmetric):
+                    if memory is not None:
+                        memory.close()
                 # Or torch's destroy_process_group() would leave the group's threads running, which
                 # must not be when the interpreter ends.
                 self._group = None

@@ -13,6 +13,7 @@ from commfuse.testing.cases import Case
 
 Inputs = dict[str, Any]  # of one rank: tensors by name
 Outputs = tuple[torch.Tensor, ...]
+EPS = 1e-5  # of RMSNorm
 
 
 class Adapter(ABC):

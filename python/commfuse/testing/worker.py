@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from commfuse.runtime import launch
+from commfuse.testing.interpreter import patch_language_once
 
 
 def load(path: Path) -> ModuleType:
@@ -43,6 +44,8 @@ def main(target: str, folder: str, environment: dict[str, str]) -> None:
         os.close(file)
     path, _, name = target.rpartition(":")
     torch.set_num_threads(1)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        patch_language_once()
     launch.join_job()
     module = load(Path(path))
     args = pickle.loads(Path(folder, "arguments").read_bytes())
