@@ -36,7 +36,6 @@ OTHERS = {
     "all_gather": 20,
     "vocab_parallel_sample": 30,
     "vocab_parallel_argmax": 20,
-    "vocab_parallel_embedding": 20,
 }
 TUNE_SECONDS = 30  # for each number of ranks
 FEW_RANKS = 4  # more than these on a GPU measure mostly each other
