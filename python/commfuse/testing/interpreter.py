@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from types import SimpleNamespace
 
 
@@ -13,13 +12,7 @@ def patch_language_once() -> None:
     It does so at every launch, and again in every call of a device function, by going through all
     names of the language: up to half of its time. At the end of a launch it puts the originals
     back; here they stay away, which a process that only interprets does not notice.
-
-    Triton decides when it is imported whether it interprets: it is imported anew, since the server
-    that ranks are forked from may have imported it.
     """
-    for name in list(sys.modules):
-        if name.partition(".")[0] == "triton" and not name.startswith("triton._C"):
-            del sys.modules[name]
     from triton.runtime import interpreter
 
     patch = interpreter._patch_lang

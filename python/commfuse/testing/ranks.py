@@ -20,13 +20,7 @@ from commfuse.testing import worker
 from commfuse.testing.gpu_lab import GpuLab
 
 # Not what depends on a rank's environment when it is imported: triton on TRITON_INTERPRET.
-_PRELOADED = [
-    "torch",
-    "torch.distributed",
-    "torch._dynamo",  # which torch loads at the first use of a fake or meta tensor
-    "commfuse.generation",
-    "commfuse.testing.worker",
-]
+_PRELOADED = ["torch", "torch.distributed", "commfuse.generation", "commfuse.testing.worker"]
 
 
 class RanksFailed(AssertionError):
