@@ -102,14 +102,12 @@ struct ResidualWeights {
   const float* q;
   int64_t columns;
   float largest, per_weight;  // of the row
-  int64_t ahead;  // columns between a warp's steps, where they are alike; 0: they are not
   __device__ __forceinline__ void of(const float (&x)[kVector], int64_t column, float,
                                      const RowOptions& row, float (&w)[kVector]) const {
     Vector8<float> drafted;
     const int64_t valid = columns - column;
     drafted.load(q + column, valid < kVector ? static_cast<int>(valid) : kVector,
                  reinterpret_cast<uintptr_t>(q + column) % 16 == 0);
-    if (ahead > 0 && column + ahead < columns) prefetch(q + column + ahead);
     float qs[kVector];
     drafted.floats(qs);
 #pragma unroll

@@ -8,23 +8,6 @@
 
 namespace commfuse::gpu {
 
-// The block: asks for what decide() reads of the first drafts, while all blocks meet.
-template <class T>
-__device__ inline void prefetch_drafts(const Work& work) {
-  for_teams(work, [&](int team, int) {
-    const int request = work.request_of_team(team), t = threadIdx.x;
-    if (t >= work.rows(request) - 1) return false;
-    const int64_t draft =
-        __ldg(work.draws.drafts + (work.draws.begin + request) * work.draws.longest + t);
-    const int64_t column = draft - work.draws.vocab_begin;
-    if (column >= 0 && column < work.draws.columns) {
-      prefetch(work.logits_of<T>(request, t) + column);
-      prefetch(work.draft_probabilities_of(request, t) + column);
-    }
-    return false;  // those of the first team only
-  });
-}
-
 // The block: which of up to kTeamRows drafts from row `first` on are accepted. If this is the first
 // refused one, shared.refused and what belongs to it are set. False: a failure.
 template <class T, int kWorld>
@@ -172,8 +155,7 @@ __device__ __noinline__ inline bool judge_drafts(Work& work, int team, int membe
   const ResidualWeights residual = {
       work.draft_probabilities_of(request, refused), work.draws.columns,
       work.shared.refused_largest,
-      static_cast<float>(kOne / static_cast<double>(work.shared.refused_mass)),
-      int64_t{2} * Ahead<T>::kSteps * kSampleWarps * kBlock};
+      static_cast<float>(kOne / static_cast<double>(work.shared.refused_mass))};
   const RowOptions row = options_of(work.draws, work.draws.begin + request, refused);
   const Candidate found = replacement(work, work.logits_of<T>(request, refused), blocks,
                                       dealing.begin(member + 1) - blocks.first, row, residual);

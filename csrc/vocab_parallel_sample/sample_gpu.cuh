@@ -41,10 +41,7 @@ __global__ void __launch_bounds__(kSampleThreads, 1)
   }
   work.find_rows(requests);
   scan_rows<T>(work);
-  if (work.others > 0) {
-    prefetch_drafts<T>(work);
-    if (!exchange.meet([] { __syncthreads(); }, &shared.met)) return;
-  }
+  if (work.others > 0 && !exchange.meet([] { __syncthreads(); }, &shared.met)) return;
   if constexpr (kWorld > 1) {
     // Before anything is awaited that a peer which calls something else may never send.
     if (blockIdx.x == 0 && __syncthreads_or(!exchange.await_words(announcement.tag))) return;

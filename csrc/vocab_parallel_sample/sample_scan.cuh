@@ -28,15 +28,14 @@ struct Ahead {
     const int half = threadIdx.x >> 4 & 1, part = threadIdx.x & 15;
     const bool aligned = reinterpret_cast<uintptr_t>(logits) % 16 == 0;
     if (j >= (n + 1) / 2) return;
-    // A row has fewer than 2^31 columns, as its ids show.
-    const int own_columns = static_cast<int>(columns);
 #pragma unroll
     for (int u = 0; u < kSteps; ++u) {
       const int i = 2 * (j + u * kSampleWarps) + half;
       const int block = i < n ? block_of(i) : -1;
-      const int column = block * kBlock + part * kVector;
-      const int valid = block < 0 ? 0 : min(own_columns - column, kVector);
-      vectors[u].load(logits + column, valid, aligned);
+      const int64_t column = int64_t{block} * kBlock + part * kVector;
+      const int64_t valid = block >= 0 ? columns - column : 0;
+      vectors[u].load(logits + column, valid < kVector ? static_cast<int>(valid) : kVector,
+                      aligned);
       blocks[u] = block;
     }
   }

@@ -139,7 +139,7 @@ __device__ __noinline__ inline bool draw_truncated(Work& work, int request, int 
       found = {kAccepted, static_cast<int32_t>(draft), draft_logit, -infinity(), 0};
     } else {
       const ResidualWeights residual = {q, work.draws.columns, largest,
-                                        static_cast<float>(kOne / static_cast<double>(mass)), 0};
+                                        static_cast<float>(kOne / static_cast<double>(mass))};
       found = replacement(work, logits, listed, work.listed_count(), row, residual);
     }
   }
