@@ -313,11 +313,7 @@ def draw_kernel(
                         total = level + tl.log(tl.sum(tl.exp(parts - level), axis=0))
                         log = tl.where(kept_token, logit - total, 0.0)
                         tl.store(logs + out + j, log.to(tl.float32))
-                    follows = draft == id
-                    if DISTRIBUTED:
-                        # One that is refused ends the request, whatever has replaced it.
-                        follows = tl.where(decides, taken, follows)
-                    follows = kept_token & drafted & follows
+                    follows = kept_token & drafted & (draft == id)
                     right += follows.to(tl.int32)
                     going = going & follows
                     row += 1

@@ -17,9 +17,4 @@ __device__ __forceinline__ float max_or_nan(float a, float b) {
   return result;
 }
 
-// Asks for a line of global memory before it is needed.
-__device__ __forceinline__ void prefetch(const void* p) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
-}
-
 }  // namespace commfuse::gpu

@@ -64,9 +64,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> verify_chain(
   }
   std::vector<int64_t> chosen(static_cast<size_t>(count));
   std::vector<float> logs(log_probabilities ? chosen.size() : 0);
-  std::vector<uint8_t> refused(chosen.size());
   sample_rows(communicator, Op::verify_chain, Stream::target, logits, vocab_begin, rows,
-              chosen.data(), log_probabilities ? logs.data() : nullptr, refused.data());
+              chosen.data(), log_probabilities ? logs.data() : nullptr);
 
   at::Tensor tokens = at::full({batch, longest + 1}, -1, drafts.options());
   at::Tensor accepted = empty_output({batch}, at::kLong);
@@ -77,11 +76,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> verify_chain(
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t* own = chosen.data() + first;
     int64_t right = 0;
-    // A draft with a distribution that was refused ends the request, whatever has replaced it.
-    while (right < lengths[b] && !refused[first + right] &&
-           own[right] == draft[b * longest + right]) {
-      ++right;
-    }
+    while (right < lengths[b] && own[right] == draft[b * longest + right]) ++right;
     // The accepted drafts were chosen too; behind them stands the recovery or the bonus token.
     std::copy(own, own + right + 1, out + b * (longest + 1));
     accepted.mutable_data_ptr<int64_t>()[b] = right;

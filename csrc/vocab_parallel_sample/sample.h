@@ -65,11 +65,11 @@ SampleRow sample_row(const SamplingTensors& sampling, int64_t request, int64_t r
 
 // Draws every row's token. logits [rows, columns] of this rank start at global id vocab_begin, a
 // multiple of 128 unless all rows are greedy. A row with `drafted` yields its draft where that is
-// accepted, and else a token of the residual; refused, unless null: whether. log_probabilities,
-// unless null: of the tokens, under softmax(logits). Throws NoTokenError, on every rank, naming the
-// first row that is NaN, infinite, or -inf throughout.
+// accepted, and else a token of the residual. log_probabilities, unless null: of the tokens, under
+// softmax(logits). Throws NoTokenError, on every rank, naming the first row that is NaN, infinite,
+// or -inf throughout.
 void sample_rows(Communicator& communicator, Op op, Stream stream, const at::Tensor& logits,
                  int64_t vocab_begin, const std::vector<SampleRow>& rows, int64_t* tokens,
-                 float* log_probabilities, uint8_t* refused = nullptr);
+                 float* log_probabilities);
 
 }  // namespace commfuse

@@ -22,23 +22,6 @@ struct RowOptions {
 
 constexpr int32_t kNobody = 0x7fffffff;
 constexpr double kNoKey = -__builtin_huge_val();
-// Of a row whose draft has a distribution: the draft is accepted; it is refused, and the team's
-// members have what may replace it; the draft's probabilities are NaN.
-constexpr double kAccepted = DBL_MAX;
-constexpr int32_t kOfTeam = kNobody - 1;
-constexpr int32_t kDraftNan = kNobody - 2;
-
-// A draw from the target, in case that a refused draft leaves no residual: known by its id, and
-// behind every draw from a residual.
-__device__ __forceinline__ bool is_stopgap(int32_t id) { return id < 0; }
-__device__ __forceinline__ int32_t stopgap(int32_t id) { return ~id; }
-__device__ __forceinline__ bool is_better(double key, int32_t id, double other, int32_t other_id) {
-  if (is_stopgap(id) == is_stopgap(other_id) || key != key || other != other) {
-    return is_stopgap(id) ? replaces(key, stopgap(id), other, stopgap(other_id))
-                          : replaces(key, id, other, other_id);
-  }
-  return is_stopgap(id) ? other == kNoKey : key != kNoKey;
-}
 
 // The best block of tokens among some, and the normaliser of all of these.
 struct Best {

@@ -6,21 +6,21 @@
 namespace commfuse::gpu {
 
 constexpr int kGroup = 4;  // lanes that share a row when a request is finished
-// That a rank sends of a row: without log-probabilities and with them.
+// That a rank sends of a plain row: without log-probabilities and with them.
 constexpr int kUnitsWithoutLogs = 2, kUnitsWithLogs = 4;
 
-// A warp: counts n of those who find candidates for a request; whether they were the last.
+// A warp: adds n candidates of a request; whether they were the last.
 __device__ inline bool arrive(const Work& work, int request, int n) {
   int expected = 0;
-  for (int row = work.shared.row_begin[request] + work.lane;
-       row < work.shared.row_begin[request + 1]; row += 32) {
+  for (int row = work.shared.plain_begin[request] + work.lane;
+       row < work.shared.plain_begin[request + 1]; row += 32) {
     expected += work.blocks_of(row);
   }
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) {
     expected += __shfl_xor_sync(kAllLanes, expected, distance);
   }
-  expected += work.has_team(request) ? work.team_size : work.other_rows(request);
+  expected += work.rows(request) - work.plain_rows(request);
   int before = 0;
   if (work.lane == 0) {
     auto* ticket =
@@ -34,20 +34,17 @@ __device__ inline bool arrive(const Work& work, int request, int n) {
   return before + n == expected;
 }
 
-__device__ __forceinline__ Candidate load_candidate(const Candidate* from, bool logs) {
-  Candidate candidate = {__ldcg(&from->key), kNobody, -infinity(), -infinity(), 0};
-  const uint2 token = __ldcg(reinterpret_cast<const uint2*>(&from->id));
-  candidate.id = static_cast<int32_t>(token.x);
-  candidate.logit = __uint_as_float(token.y);
-  if (logs) {
-    const float2 normaliser = __ldcg(reinterpret_cast<const float2*>(&from->largest));
-    candidate.largest = normaliser.x;
-    candidate.sum = normaliser.y;
-  }
+__device__ inline Candidate load_candidate(const Candidate* from) {
+  Candidate candidate;
+  candidate.key = __ldcg(&from->key);
+  candidate.id = __ldcg(&from->id);
+  candidate.logit = __ldcg(&from->logit);
+  candidate.largest = __ldcg(&from->largest);
+  candidate.sum = __ldcg(&from->sum);
   return candidate;
 }
 __device__ inline void keep_better(Candidate& mine, const Candidate& other) {
-  if (is_better(other.key, other.id, mine.key, mine.id)) {
+  if (replaces(other.key, other.id, mine.key, mine.id)) {
     mine.key = other.key;
     mine.id = other.id;
     mine.logit = other.logit;
@@ -59,23 +56,22 @@ __device__ inline void add_normaliser(Candidate& mine, const Candidate& other) {
   mine.largest = sum.largest;
   mine.sum = sum.sum;
 }
-// Over the lanes that share a row, every one of which then has the same bits.
-__device__ inline void reduce_group(Candidate& mine, bool logs) {
+// Over the lanes that share a row; with both, every lane has the same bits.
+__device__ inline void reduce_group(Candidate& mine) {
 #pragma unroll
   for (int distance = kGroup / 2; distance > 0; distance /= 2) {
     Candidate other;
     other.key = __shfl_xor_sync(kAllLanes, mine.key, distance);
     other.id = __shfl_xor_sync(kAllLanes, mine.id, distance);
     other.logit = __shfl_xor_sync(kAllLanes, mine.logit, distance);
-    keep_better(mine, other);
-    if (!logs) continue;
     other.largest = __shfl_xor_sync(kAllLanes, mine.largest, distance);
     other.sum = __shfl_xor_sync(kAllLanes, mine.sum, distance);
+    keep_better(mine, other);
     add_normaliser(mine, other);
   }
 }
 
-// What a rank says of a row, in units of 6 bytes: key and id, and where log-probabilities are
+// What a rank says of a plain row, in units of 6 bytes: key and id, and where log-probabilities are
 // wanted the token's logit and the log of the normaliser.
 template <int kUnits>
 struct RowMessage {
@@ -107,14 +103,14 @@ struct RowMessage {
   }
 };
 
-// The lanes of a group: the best of all ranks' for a row; the peers' come in turn to the lanes.
-// False: a failure.
+// The lanes of a group: the best of all ranks' for a plain row; the peers' come in turn to the
+// lanes. False: a failure.
 template <int kUnits>
-__device__ inline bool exchange_group(const Work& work, int row, bool mine, Candidate& best) {
+__device__ inline bool exchange_group(const Work& work, int plain_row, bool mine, Candidate& best) {
   const int rank = work.exchange.rank(), world = work.exchange.world();
   const int part = work.lane % kGroup;
   const auto own = RowMessage<kUnits>::of(best);
-  const int64_t place = kRowOffset + int64_t{row} * kUnits * 8;
+  const int64_t place = kPlainOffset + int64_t{plain_row} * kUnits * 8;
   constexpr int kSources = kMaxRanks / kGroup;
   char* address[kUnits * kSources];
 #pragma unroll
@@ -142,43 +138,11 @@ __device__ inline bool exchange_group(const Work& work, int row, bool mine, Cand
     if (source != rank) memcpy(message.unit, units + i * kUnits, sizeof(message.unit));
     const Candidate other = message.candidate();
     keep_better(merged, other);
-    if constexpr (kUnits == kUnitsWithLogs) add_normaliser(merged, other);
+    add_normaliser(merged, other);
   }
-  reduce_group(merged, kUnits == kUnitsWithLogs);
+  reduce_group(merged);
   best = merged;
   return __all_sync(kAllLanes, good);
-}
-
-// The lanes of a group: the best of this rank's candidates for a row, in every one of them.
-__device__ inline Candidate best_candidate(const Work& work, int request, int index, bool valid) {
-  const int row = work.shared.row_begin[request] + index;
-  const int part = work.lane % kGroup;
-  const bool plain = index >= work.other_rows(request), logs = work.draws.log_probabilities;
-  Candidate best = {kNoKey, kNobody, -infinity(), -infinity(), 0};
-  if (valid && !plain && part == 0) best = load_candidate(work.drawn(row), logs);
-  if (valid && (plain || logs)) {
-    const int first = work.dealing.owner(row * work.per_row);
-    const int blocks = work.blocks_of(row);
-#pragma unroll 8
-    for (int i = part; i < blocks; i += kGroup) {
-      const Candidate other = load_candidate(work.scanned(row, first + i), logs);
-      keep_better(best, other);
-      if (logs) add_normaliser(best, other);
-    }
-  }
-  if (__shfl_sync(kAllLanes, best.id, work.lane - part) == kOfTeam) {
-    if (part == 0) {
-      best.key = kNoKey;
-      best.id = kNobody;
-    }
-    const int team = work.shared.team_begin[request];
-#pragma unroll 8
-    for (int i = part; i < work.team_size; i += kGroup) {
-      keep_better(best, load_candidate(work.replacing(team, i), false));
-    }
-  }
-  reduce_group(best, logs);
-  return best;
 }
 
 // A warp: the tokens of a request whose candidates are all there. Groups of lanes take a row
@@ -187,37 +151,45 @@ template <int kWorld>
 __device__ __noinline__ inline bool finish(const Work& work, int request) {
   constexpr int kRows = 32 / kGroup;
   const int64_t global = work.draws.begin + request;
-  const int count = work.rows(request);
+  const int count = work.rows(request), others = count - work.plain_rows(request);
   const int group = work.lane / kGroup, part = work.lane % kGroup;
   const int64_t out = global * (work.draws.longest + 1);
   bool going = true, good = true;
   for (int base = 0; good && base < count; base += kRows) {
     const int row = base + group;
-    const bool valid = row < count;
-    const bool drafted = row < count - 1;
-    // On its way while the candidates are compared.
-    const int64_t draft =
-        drafted ? __ldg(work.draws.drafts + global * work.draws.longest + row) : -1;
-    Candidate best = best_candidate(work, request, row, valid);
-    if constexpr (kWorld > 1) {
-      const int place = work.shared.row_begin[request] + row;
-      good = work.draws.log_probabilities
-                 ? exchange_group<kUnitsWithLogs>(work, place, valid, best)
-                 : exchange_group<kUnitsWithoutLogs>(work, place, valid, best);
+    const bool valid = row < count, plain = valid && row >= others;
+    const int plain_row = work.shared.plain_begin[request] + row - others;
+    Candidate best = {kNoKey, kNobody, -infinity(), -infinity(), 0};
+    if (plain) {
+      const int first = work.dealing.owner(plain_row * work.per_row);
+      const int blocks = work.blocks_of(plain_row);
+#pragma unroll 4
+      for (int i = part; i < blocks; i += kGroup) {
+        const Candidate other = load_candidate(work.draws.candidates + plain_row + first + i);
+        keep_better(best, other);
+        add_normaliser(best, other);
+      }
     }
-    if (is_stopgap(best.id)) best.id = stopgap(best.id);
+    reduce_group(best);
+    if constexpr (kWorld > 1) {
+      good = work.draws.log_probabilities
+                 ? exchange_group<kUnitsWithLogs>(work, plain_row, plain, best)
+                 : exchange_group<kUnitsWithoutLogs>(work, plain_row, plain, best);
+    }
+    if (valid && !plain) {
+      best = load_candidate(work.draws.candidates + work.plain + gridDim.x +
+                            work.other_begin(request) + row);
+    }
     const bool found = valid && is_finite(best.key);
     if (valid && !found && part == 0 && good) {
       work.report(global, row,
-                  best.id == kDraftNan   ? RowProblem::draft_nan
-                  : best.key != best.key ? RowProblem::nan
-                  : best.key > 0         ? RowProblem::infinite
-                                         : RowProblem::nothing);
+                  best.key != best.key ? RowProblem::nan
+                  : best.key > 0       ? RowProblem::infinite
+                                       : RowProblem::nothing);
     }
     const int64_t token = found ? best.id : -1;
-    // A draft with a distribution that was refused ends the request, whatever has replaced it.
-    const bool judged = row < work.other_rows(request) && work.draws.draft_rows > 0;
-    const bool right = found && drafted && (judged ? best.key == kAccepted : token == draft);
+    const bool right = found && row < count - 1 && work.draws.draft_lengths &&
+                       token == work.draws.drafts[global * work.draws.longest + row];
     constexpr unsigned kFirstLanes = 0x11111111u;
     static_assert(kGroup == 4);
     const unsigned wrong = ~__ballot_sync(kAllLanes, right) & kFirstLanes;
@@ -255,22 +227,17 @@ __device__ inline bool finish_requests(const Work& work) {
   };
   if (work.begin < work.end) {
     const int first_row = work.begin / work.per_row, last_row = (work.end - 1) / work.per_row;
-    const int first = work.request_of_row(first_row), last = work.request_of_row(last_row);
+    const int first = work.request_of_plain(first_row), last = work.request_of_plain(last_row);
     for (int request = first + work.warp; request <= last; request += kSampleWarps) {
-      const int from = max(first_row, work.shared.row_begin[request]);
-      const int to = min(last_row + 1, work.shared.row_begin[request + 1]);
-      count(request, to - from);
+      const int from = max(first_row, work.shared.plain_begin[request]);
+      const int to = min(last_row + 1, work.shared.plain_begin[request + 1]);
+      if (from < to) count(request, to - from);
     }
   }
   int turn = 0;
   for (int other = blockIdx.x; other < work.others; other += gridDim.x, ++turn) {
-    const int request = work.request_of_other(other);
-    if (turn % kSampleWarps == work.warp && !work.has_team(request)) count(request, 1);
+    if (turn % kSampleWarps == work.warp) count(work.request_of_other(other), 1);
   }
-  for_teams(work, [&](int team, int) {
-    if (team % kSampleWarps == work.warp) count(work.request_of_team(team), 1);
-    return true;
-  });
   // Also lets every warp read the candidates that lane 0 of another has acquired.
   __syncthreads();
   bool good = true;

@@ -15,14 +15,8 @@ void with_peers(bool alone, F f) {
 
 }  // namespace
 
-int64_t sample_row_capacity() { return (kLineBytes - kRowOffset) / (kUnitsWithLogs * 8); }
+int64_t sample_row_capacity() { return (kLineBytes - kPlainOffset) / (kUnitsWithLogs * 8); }
 int64_t sample_request_capacity() { return kMaxRequests; }
-int64_t sample_candidates(int64_t requests, int64_t rows, int max_blocks) {
-  return 2 * rows + max_blocks + std::max<int64_t>(requests, max_blocks);
-}
-int64_t sample_sums(int64_t columns) {
-  return std::max<int64_t>(1, (columns + kBlock - 1) / kBlock);
-}
 
 void sample(const CallSite& site, DType dtype, const Draws& draws) {
   // The same grid on all ranks, also where their shards are not alike: rows that take several

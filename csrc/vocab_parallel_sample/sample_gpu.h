@@ -15,12 +15,6 @@ struct Candidate {
   float largest, sum;  // of e^(x - largest)
 };
 
-// What one pass over the logits leaves of a block of tokens: its largest logit, and its weights'
-// sum relative to that.
-struct BlockSum {
-  float largest, sum;
-};
-
 // The rows of all requests, one after the other. Pointers are to memory of the GPU.
 struct Draws {
   const void* logits;  // [rows, columns] of this rank
@@ -40,7 +34,6 @@ struct Draws {
   int64_t* accepted;         // [batch], or null
   float* log_probabilities;  // [batch, longest + 1], or null
   Candidate* candidates;     // what blocks find
-  BlockSum* sums;            // [row][block of tokens], of rows that take several passes
   uint64_t* report;          // in host memory: RowReport
   Op op;
   int64_t begin, count;  // the requests of this launch
@@ -71,11 +64,8 @@ struct RowReport {
 int64_t sample_row_capacity();
 int64_t sample_request_capacity();
 
-// Elements of `candidates` for so many requests and their rows; of `sums` for each row.
-int64_t sample_candidates(int64_t requests, int64_t rows, int max_blocks);
-int64_t sample_sums(int64_t columns);
-
-// Draws the tokens of `count` requests.
+// Draws the tokens of `count` requests. candidates must have room for longest + 1 elements for each
+// of them, and one for each block of site.max_blocks.
 void sample(const CallSite& site, DType dtype, const Draws& draws);
 
 void load_sample();

@@ -7,11 +7,11 @@
 namespace commfuse::gpu {
 
 // Lines of one source: of each block of threads the rounds of its rows, in two halves; behind them
-// what finished rows exchange.
+// what plain rows exchange.
 constexpr int64_t kRoundLines = kBins;
 constexpr int64_t kRoundBytes = kRoundLines * kLineStride;
-constexpr int64_t kRowOffset = kMaxGrid * 2 * kRoundBytes;
-static_assert(kRowOffset < kLineBytes);
+constexpr int64_t kPlainOffset = kMaxGrid * 2 * kRoundBytes;
+static_assert(kPlainOffset < kLineBytes);
 
 // The block: thread t < n puts a pack; take(t, source, pack) sees everybody's, in rank order.
 template <int kWorld, class Take>
@@ -73,27 +73,40 @@ __device__ inline float block_largest(const Work& work, float m) {
   __syncthreads();
   return m;
 }
-__device__ inline unsigned long long warp_sum(unsigned long long x) {
+// Into shared.total, which must be zero; visible after a barrier.
+__device__ inline void add_to_total(const Work& work, unsigned long long x) {
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) {
     x += __shfl_xor_sync(kAllLanes, x, distance);
   }
-  return x;
-}
-// Into shared.total, which must be zero; visible after a barrier.
-__device__ inline void add_to_total(const Work& work, unsigned long long x) {
-  x = warp_sum(x);
-  if (work.lane == 0 && x) atomicAdd(&work.shared.total, x);
+  if (work.lane == 0) atomicAdd(&work.shared.total, x);
 }
 
-// Of a block of tokens in a row's mass; such numbers can be added in any order.
-__device__ __forceinline__ unsigned long long mass_of(BlockSum block, float largest,
-                                                      float exponent) {
-  return block.sum > 0 ? fixed(block.sum * weight(block.largest, largest, exponent)) : 0;
-}
-__device__ __forceinline__ BlockSum load_sum(const BlockSum* from) {
-  const float2 pair = __ldcg(reinterpret_cast<const float2*>(from));
-  return {pair.x, pair.y};
+// f(x) for every eight logits of a row.
+template <class T, class F>
+__device__ inline void for_logits(const Work& work, const T* logits, F f) {
+  const bool aligned = reinterpret_cast<uintptr_t>(logits) % 16 == 0;
+  constexpr int kUnroll = sizeof(T) == 2 ? 4 : 2;
+  for (int64_t base = threadIdx.x * kVector; base < work.draws.columns;
+       base += kUnroll * kSampleThreads * kVector) {
+    Vector8<T> vectors[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int64_t column = base + u * kSampleThreads * kVector;
+      const int64_t valid = work.draws.columns - column;
+      vectors[u].load(logits + column,
+                      valid <= 0        ? 0
+                      : valid < kVector ? static_cast<int>(valid)
+                                        : kVector,
+                      aligned);
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      float x[kVector];
+      vectors[u].floats(x);
+      f(x);
+    }
+  }
 }
 
 }  // namespace commfuse::gpu

@@ -8,99 +8,66 @@ namespace commfuse::gpu {
 
 constexpr int kKept = 16;  // blocks of tokens per half warp whose keys are computed together
 
-// Blocks of tokens that follow one another.
-struct Consecutive {
-  int first;
-  __device__ __forceinline__ int operator()(int i) const { return first + i; }
-};
-
-// The next logits of a warp, on their way while others are worked on.
-template <class T>
-struct Ahead {
-  static constexpr int kSteps = sizeof(T) == 2 ? 2 : 1;
-  Vector8<T> vectors[kSteps];
-  int blocks[kSteps];  // of tokens; -1: none
-
-  // From the j-th step of two of n blocks of tokens on, each warp having one.
-  template <class BlockOf>
-  __device__ __forceinline__ void fetch(const T* logits, int64_t columns, BlockOf block_of, int n,
-                                        int j) {
-    const int half = threadIdx.x >> 4 & 1, part = threadIdx.x & 15;
-    const bool aligned = reinterpret_cast<uintptr_t>(logits) % 16 == 0;
-    if (j >= (n + 1) / 2) return;
-#pragma unroll
-    for (int u = 0; u < kSteps; ++u) {
-      const int i = 2 * (j + u * kSampleWarps) + half;
-      const int block = i < n ? block_of(i) : -1;
-      const int64_t column = int64_t{block} * kBlock + part * kVector;
-      const int64_t valid = block >= 0 ? columns - column : 0;
-      vectors[u].load(logits + column, valid < kVector ? static_cast<int>(valid) : kVector,
-                      aligned);
-      blocks[u] = block;
-    }
-  }
-};
-// The first step of a warp, when dealing begins with warp `turn`.
-__device__ __forceinline__ int first_step(int turn) {
-  return (static_cast<int>(threadIdx.x >> 5) - turn) & (kSampleWarps - 1);
-}
-
-// One warp's share of n blocks of tokens of a row, block_of(0) ... block_of(n - 1): those steps of
-// two from `j` on whose turn it is, the first of which `ahead` has. The result is in every lane.
-// With `sums`, of the whole row, these are written and nothing competes. Before the keys are
-// computed, go_on() may fetch what comes behind.
-template <class T, bool kNormaliser, class BlockOf, class Weights, class GoOn>
-__device__ __forceinline__ Best scan(const T* logits, int64_t columns, BlockOf block_of, int n,
-                                     int j, Ahead<T>& ahead, const RowOptions& row,
-                                     const Weights& weights, BlockSum* sums, GoOn go_on) {
-  constexpr int kUnroll = Ahead<T>::kSteps;
-  const int part = threadIdx.x & 15;
+// One warp's share of the blocks of tokens first ... first + n of a row: those steps of two blocks
+// whose turn it is, when dealing begins with warp `turn`. The result is in every lane.
+template <class T, bool kNormaliser, class Weights>
+__device__ __forceinline__ Best scan(const T* logits, int64_t columns, int first, int n, int turn,
+                                     const RowOptions& row, const Weights& weights) {
+  constexpr int kUnroll = sizeof(T) == 2 ? 2 : 1;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const int half = lane >> 4, part = lane & 15;
   const int steps = (n + 1) / 2;
-
+  const bool aligned = reinterpret_cast<uintptr_t>(logits) % 16 == 0;
   Best best = Best::none();
   int count = 0;
   // Of the count-th block of this half warp: kept by its count-th lane.
   float kept_largest = 0, kept_sum = 0, kept_normaliser = 0;
-  int kept_block = -1;
+  int kept_block = 0;
+
   const auto flush = [&] {
-    if (part < count && kept_block >= 0) {
-      if (sums) {
-        sums[kept_block] = {kept_largest, kept_sum};
-      } else {
-        double key = kept_largest;
-        if (!row.greedy && (!Weights::kRelativeToBlock || is_finite(kept_largest))) {
-          const double base =
-              Weights::kRelativeToBlock ? double{kept_largest} * double{row.scale} : 0.0;
-          // A sum that is NaN, as of a draft's distribution, gives a NaN.
-          key = kept_sum == 0
-                    ? kNoKey
-                    : base + std::log(double{kept_sum} / row.noise_of(kept_block).exponential());
-        }
-        if (key != kNoKey) best.take(key, kept_block);
+    if (part < count && kept_block < first + n) {
+      double key = kept_largest;
+      if (!row.greedy && (!Weights::kRelativeToBlock || is_finite(kept_largest))) {
+        const double base =
+            Weights::kRelativeToBlock ? double{kept_largest} * double{row.scale} : 0.0;
+        // A sum that is NaN, as of a draft's distribution, gives a NaN.
+        key = kept_sum == 0
+                  ? kNoKey
+                  : base + std::log(double{kept_sum} / row.noise_of(kept_block).exponential());
       }
+      if (key != kNoKey) best.take(key, kept_block);
       if constexpr (kNormaliser) best.add(kept_largest, kept_normaliser);
     }
     count = 0;
   };
-  for (; j < steps; j += kUnroll * kSampleWarps) {
-    Vector8<T> vectors[kUnroll];
-    int blocks[kUnroll];
+
+  // The next steps' logits are on their way while these are worked on.
+  Vector8<T> vectors[kUnroll], next[kUnroll];
+  const auto fetch = [&](int j) {
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      vectors[u] = ahead.vectors[u];
-      blocks[u] = ahead.blocks[u];
+      const int block = first + 2 * (j + u * kSampleWarps) + half;
+      const int64_t column = int64_t{block} * kBlock + part * kVector;
+      const int64_t valid = block < first + n ? columns - column : 0;
+      next[u].load(logits + column, valid < kVector ? static_cast<int>(valid) : kVector, aligned);
     }
-    ahead.fetch(logits, columns, block_of, n, j + kUnroll * kSampleWarps);
+  };
+  int j = (warp - turn) & (kSampleWarps - 1);
+  if (j < steps) fetch(j);
+  for (; j < steps; j += kUnroll * kSampleWarps) {
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) vectors[u] = next[u];
+    if (j + kUnroll * kSampleWarps < steps) fetch(j + kUnroll * kSampleWarps);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       if (j + u * kSampleWarps >= steps) break;
+      const int block = first + 2 * (j + u * kSampleWarps) + half;
       float x[kVector], w[kVector];
       vectors[u].floats(x);
       const float m = half_warp_largest(largest_of(x));
       float sum = 0, normaliser = 0;
       if (!row.greedy) {
-        const int64_t column =
-            blocks[u] < 0 ? columns : int64_t{blocks[u]} * kBlock + part * kVector;
+        const int64_t column = int64_t{block} * kBlock + part * kVector;
         weights.of(x, column, m, row, w);
 #pragma unroll
         for (int i = 0; i < kVector; ++i) sum += w[i];
@@ -118,12 +85,11 @@ __device__ __forceinline__ Best scan(const T* logits, int64_t columns, BlockOf b
         kept_largest = m;
         kept_sum = sum;
         kept_normaliser = normaliser;
-        kept_block = blocks[u];
+        kept_block = block;
       }
       if (++count == kKept) flush();
     }
   }
-  go_on();
   flush();
   best.reduce<kNormaliser>(32);
   return best;

@@ -75,7 +75,7 @@ class Sampler {
     descriptor_ = describe(op, dtype_, {static_cast<int64_t>(rows.size()), batch}, variant);
   }
 
-  void run(int64_t* tokens, float* log_probabilities, uint8_t* refused) {
+  void run(int64_t* tokens, float* log_probabilities) {
     find_maxima();
     truncate(false);
     truncate(true);
@@ -89,7 +89,6 @@ class Sampler {
       if (uses_draft(row) && std::isnan(winners[i].key)) throw draft_nan(place(row));
       if (!state.accepted) require_token(row, winners[i].key);
       tokens[i] = state.accepted ? row.draft : winners[i].id;
-      if (refused) refused[i] = uses_draft(row) && !state.accepted;
       if (log_probabilities) {
         const float logit = state.accepted ? state.draft_logit : winners[i].logit;
         log_probabilities[i] = static_cast<float>(double{logit} - normalisers[i].largest -
@@ -491,13 +490,13 @@ SampleRow sample_row(const SamplingTensors& sampling, int64_t request, int64_t r
 
 void sample_rows(Communicator& communicator, Op op, Stream stream, const at::Tensor& logits,
                  int64_t vocab_begin, const std::vector<SampleRow>& rows, int64_t* tokens,
-                 float* log_probabilities, uint8_t* refused) {
+                 float* log_probabilities) {
   const bool draws = !std::all_of(rows.begin(), rows.end(), [](auto& row) { return row.greedy(); });
   TORCH_CHECK_VALUE(!draws || logits.size(1) == 0 || vocab_begin % kSampleBlock == 0,
                     "vocab_begin is ", vocab_begin, ": shards must be cut at multiples of ",
                     kSampleBlock, ", so that draws do not depend on the number of ranks");
   Sampler(communicator, op, stream, logits, vocab_begin, rows, log_probabilities != nullptr)
-      .run(tokens, log_probabilities, refused);
+      .run(tokens, log_probabilities);
 }
 
 TORCH_LIBRARY_IMPL(commfuse, CPU, m) { m.impl("vocab_parallel_sample", &vocab_parallel_sample); }

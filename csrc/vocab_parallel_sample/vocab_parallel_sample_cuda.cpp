@@ -43,16 +43,11 @@ void draw_all(GpuCall& call, const Descriptor& descriptor, const at::Tensor& log
   const int64_t most = std::min(sample_request_capacity(), sample_row_capacity() / rows_each);
   // By the longest draft: lengths that do not belong to the logits are reported, but their rows
   // have candidates too.
-  const int64_t requests = std::min(draws.batch, most), rows = requests * rows_each;
-  const auto scratch = [&](int64_t elements, size_t size) {
-    return at::empty({elements * static_cast<int64_t>(size)}, logits.options().dtype(at::kByte));
-  };
-  const at::Tensor candidates =
-      scratch(sample_candidates(requests, rows, call.gpu().max_blocks()), sizeof(Candidate));
-  const at::Tensor sums =
-      scratch(draws.temperature ? rows * sample_sums(draws.columns) : 0, sizeof(BlockSum));
-  draws.candidates = reinterpret_cast<Candidate*>(candidates.mutable_data_ptr());
-  draws.sums = reinterpret_cast<BlockSum*>(sums.mutable_data_ptr());
+  const int64_t rows = std::min(draws.batch, most) * rows_each;
+  const int64_t candidates = rows + call.gpu().max_blocks();
+  const at::Tensor scratch = at::empty({candidates * static_cast<int64_t>(sizeof(Candidate))},
+                                       logits.options().dtype(at::kByte));
+  draws.candidates = reinterpret_cast<Candidate*>(scratch.mutable_data_ptr());
   draws.report = call.gpu().row_report();
   draws.op = descriptor.op;
   const int64_t units = draws.log_probabilities ? 4 : 2;
@@ -85,8 +80,7 @@ void check_rows(Attachment& attachment) {
     case RowProblem::length:
       throw NoTokenError("the draft length of request " + std::to_string(report.request) +
                          " is negative or larger than drafts is wide, or the requests up to it "
-                         "have more rows than the logits or more drafts than "
-                         "draft_probabilities");
+                         "have more rows than the logits");
   }
 }
 

@@ -168,22 +168,3 @@ def test_verification_equals_float64(requests, size, dtype, spread, masked, dist
     tokens, accepted, logs = reference(*shards, None if q is None else [q])
     assert torch.equal(ours.tokens, tokens) and torch.equal(ours.accepted, accepted)
     assert torch.allclose(ours.log_probabilities.double(), logs, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_refused_draft_ends_the_request_even_if_it_replaces_itself(dtype):
-    batch, longest = 64, 3
-    logits = torch.full((batch * (longest + 1), 130), -torch.inf, dtype=getattr(torch, dtype))
-    logits[:, 0] = 1
-    # Improper: every draft is refused half of the time, and nothing is left of the target.
-    q = torch.full((batch * longest, 130), 2.0)
-    given = (
-        logits, torch.zeros(batch, longest, dtype=torch.int64), torch.full((batch,), longest),
-        ops.Sampling.of(batch, temperature=1.0, seed=range(batch)), torch.arange(batch),
-    )  # fmt: skip
-    with Communicator() as comm:
-        tokens, accepted, _ = ops.verify_chain(*given, 0, comm, draft_probabilities=q)
-    due_tokens, due_accepted, _ = reference([logits], *given[1:], [q])
-    assert torch.equal(tokens, due_tokens) and torch.equal(accepted, due_accepted)
-    assert set(accepted.tolist()) == {0, 1, 2, 3}
-    assert torch.equal((tokens == 0).sum(dim=1), accepted + 1)

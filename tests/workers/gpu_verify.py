@@ -145,37 +145,8 @@ def verified(comm) -> Found:
                     label = f"V={size} B={batch} {kind} {dtype} q={distributions}"
                     found += differences(label, out, made.expected(logs))
                     tokens[label] = digest(*(x for x in out if x is not None))
-    for size, batch, longest in ((130, 40, 3), (3000, 4, 40)):
-        found += _self_replacing(comm, size, batch, longest)
-    # A team's blocks of threads are many, and they are one.
-    for size, batch, longest, kind in (
-        (20000, 128, 7, "sampled"), (300, 300, 1, "sampled"), (128256, 1, 4, "sampled"),
-        (20000, 20, 7, "both"), (128256, 1, 4, "top-p"), (128256, 1, 4, "top-k"),
-    ):  # fmt: skip
-        made = Requests(kind, size, batch, longest, torch.bfloat16, 5, True)
-        arguments, q = made.arguments(comm)
-        out = ops.verify_chain(*arguments, draft_probabilities=q, backend="cuda")
-        found += differences(f"V={size} B={batch} {kind} with q", out, made.expected(False))
     comm.check()
     return found + GPU.differing(tokens, comm)
-
-
-def _self_replacing(comm, size: int, batch: int, longest: int) -> Found:
-    """Refused drafts that replace themselves: a draft's distribution leaves nothing of the target.
-
-    More drafts than a team decides about at once, and ranks without a token that can be drawn.
-    """
-    made = Requests("sampled", size, batch, longest, torch.bfloat16, 7, True)
-    made.lengths[:] = longest
-    rows = batch * (longest + 1)
-    made.logits = torch.full((rows, size), -torch.inf, dtype=torch.bfloat16)
-    made.logits[:, 1] = 1
-    made.sampling = ops.Sampling.of(batch, temperature=1.0, seed=range(batch))
-    made.drafts = torch.ones(batch, longest, dtype=torch.int64)
-    made.q = torch.full((batch * longest, size), 1.05)
-    arguments, q = made.arguments(comm)
-    out = ops.verify_chain(*arguments, draft_probabilities=q, backend="cuda")
-    return differences(f"V={size} drafts replace themselves", out, made.expected(False))
 
 
 def sampled(comm) -> Found:
@@ -264,13 +235,6 @@ def impossible(comm) -> Found:
             lambda wrong=wrong: ops.verify_chain(*wrong, backend="cuda"),
             "the draft length of request",
         )
-    made.lengths = torch.tensor([2, 1, 0])
-    short, _ = made.arguments(comm)
-    expect(
-        "too few draft probabilities",
-        lambda: ops.verify_chain(*short, draft_probabilities=q[:2].contiguous(), backend="cuda"),
-        "more drafts than draft_probabilities",
-    )
     for call, text in (
         (lambda: ops.verify_chain(*arguments[:3], made.sampling, *arguments[4:]), "on cpu"),
         (lambda: ops.vocab_parallel_argmax(torch.zeros(3, device=device), 0, comm), "dimensions"),

@@ -182,8 +182,8 @@ def draw_row(
     position: int,
     stream: int = TARGET,
     draft: tuple[int, torch.Tensor] | None = None,
-) -> tuple[int, bool]:
-    """The token of one row, and whether a draft was refused for it.
+) -> int:
+    """The token of one row.
 
     Args:
         logits: [vocabulary].
@@ -194,10 +194,10 @@ def draw_row(
     """
     temperature, top_k, top_p, seed = options
     if temperature == 0:
-        return int((logits == logits.max()).int().argmax()), False
+        return int((logits == logits.max()).int().argmax())
     p = truncated_weights(logits, temperature, top_k, top_p)
     if draft is None:
-        return draw(p, seed, position, stream), False
+        return draw(p, seed, position, stream)
     token, q = draft[0], draft[1].double()
     if not 0 <= token < len(q):
         accepted = False
@@ -205,10 +205,10 @@ def draw_row(
         uniform = noise(seed, position, ACCEPTANCE, torch.zeros(1, dtype=torch.int64))[0].item()
         accepted = bool(q[token] > 0 and uniform * q[token] < p[token])
     if accepted:
-        return token, False
+        return token
     residual = (p - q).clamp(min=0)
     # Without any, target and draft are the same distribution.
-    return draw(residual if residual.any() else p, seed, position, stream), True
+    return draw(residual if residual.any() else p, seed, position, stream)
 
 
 def check_rows(logits: torch.Tensor, place) -> None:

@@ -64,12 +64,8 @@ def _accept(
     logs: Sequence[float],
     drafts: torch.Tensor,
     draft_lengths: torch.Tensor,
-    refused: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The accepted prefix of every draft and the token behind it, from every row's token.
-
-    A draft with a distribution that was refused ends the prefix, whatever has replaced it.
-    """
+    """The accepted prefix of every draft and the token behind it, from every row's token."""
     batch, longest = drafts.shape
     device = drafts.device
     tokens = torch.full((batch, longest + 1), -1, dtype=torch.int64, device=device)
@@ -79,8 +75,7 @@ def _accept(
     for request, length in enumerate(draft_lengths.tolist()):
         own = chosen[begin : begin + length + 1]
         draft = drafts[request, :length].tolist()
-        wrong = (i for i in range(length) if refused[begin + i] or own[i] != draft[i])
-        count = next(wrong, length)
+        count = next((i for i in range(length) if own[i] != draft[i]), length)
         tokens[request, : count + 1] = torch.tensor(own[: count + 1])
         token_logs[request, : count + 1] = torch.tensor(logs[begin : begin + count + 1])
         accepted[request] = count
@@ -110,19 +105,16 @@ def reference(
     q = torch.cat(list(draft_shards), dim=1) if draft_shards is not None else None
     check_rows(logits, lambda row: _name(places[row]))
     options = list(zip(*(x.tolist() for x in sampling.tensors), strict=True))
-    chosen, refused, lengths = [], [], draft_lengths.tolist()
+    chosen, lengths = [], draft_lengths.tolist()
     for row, (request, index) in zip(logits, places, strict=True):
         draft = None
         if q is not None and index < lengths[request]:
             # Every request before this one has one row more than drafts.
             draft = (int(drafts[request, index]), q[len(chosen) - request])
         position = int(positions[request]) + index
-        token, replaced = draw_row(row, options[request], position, draft=draft)
-        chosen.append(token)
-        refused.append(replaced)
+        chosen.append(draw_row(row, options[request], position, draft=draft))
     own = torch.tensor(chosen, dtype=torch.int64, device=logits.device)
-    logs = log_probabilities_of(logits, own).tolist()
-    return _accept(chosen, logs, drafts, draft_lengths, refused)
+    return _accept(chosen, log_probabilities_of(logits, own).tolist(), drafts, draft_lengths)
 
 
 def _native(
@@ -153,8 +145,7 @@ def _torch(
     if sampling.greedy and not log_probabilities:
         places = _places(draft_lengths)
         winners = torch_argmax(logits, vocab_begin, comm, lambda row: _name(places[row])).tolist()
-        none = [0] * len(winners)
-        return _accept(winners, none, drafts, draft_lengths, none)
+        return _accept(winners, [0.0] * len(winners), drafts, draft_lengths)
     q = None if draft_probabilities is None else [gather_columns(draft_probabilities, comm)]
     shards = [gather_columns(logits, comm)]
     tokens, accepted, logs = reference(shards, drafts, draft_lengths, sampling, positions, q)
@@ -190,9 +181,9 @@ def verify_chain(
     Without ``draft_probabilities`` every row draws its token from the target, and drafts are
     accepted as long as they are what was drawn: with the same logits, the tokens are those of
     :func:`vocab_parallel_sample` without speculation, one by one. With them, a draft x is accepted
-    with probability min(1, p(x) / q(x)); the first refused one is replaced by a draw from
-    max(p - q, 0) and ends the request (speculative sampling, Leviathan et al., 2023). p is the
-    target after temperature, top-k and top-p.
+    with probability min(1, p(x) / q(x)), and a refused one replaced by a draw from max(p - q, 0)
+    (speculative sampling, Leviathan et al., 2023). p is the target after temperature, top-k and
+    top-p.
 
     The exchange per row and rank is that of :func:`vocab_parallel_sample`; with
     ``draft_probabilities`` 20 bytes more. Ids outside the vocabulary are never accepted, nor are

@@ -56,7 +56,7 @@ def reference(
     check_rows(logits, lambda row: f"request {row}")
     options = list(zip(*(x.tolist() for x in sampling.tensors), strict=True))
     tokens = [
-        draw_row(row, options[b], position, DRAFT if draft else TARGET)[0]
+        draw_row(row, options[b], position, DRAFT if draft else TARGET)
         for b, (row, position) in enumerate(zip(logits, positions.tolist(), strict=True))
     ]
     drawn = torch.tensor(tokens, dtype=torch.int64, device=logits.device)
