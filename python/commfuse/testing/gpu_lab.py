@@ -18,10 +18,11 @@ from commfuse.errors import BackendUnavailable, UsageError
 from commfuse.runtime.launch import ALLOW_OVERLAPPING
 
 CONTROL = "nvidia-cuda-mps-control"
-# Per cent of the multiprocessors for each rank; else what division gives. Two ranks that take all
-# of an H100 get into each other's way: a GEMM and an all-reduce (K = 14336, 64 rows) took 207 us
-# instead of 180, the GEMM alone as long as before.
-_SHARES = {2: 48}
+# Per cent of the multiprocessors for each rank; else what division gives. A share is a number of
+# multiprocessors, not a choice of them: where all shares together are nearly the whole GPU, a block
+# of one rank waits for another rank's to leave. A GEMM and an all-reduce, W = 4, K = 2048, 64 rows,
+# took 84 us with 25% on an H100 and 65 with 21%; W = 2, K = 14336, 207 with 50% and 180 with 48%.
+_SHARES = {2: 48, 4: 21}
 
 # Keeps the daemon as long as its standard input is open, and that closes when the process that
 # holds the lab ends, however it ends. Nothing else removes a daemon after a SIGKILL.
@@ -68,7 +69,7 @@ def rank_environment(
 
     Example:
         >>> rank_environment(4, 1, Path("/tmp/lab"))["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"]
-        '25'
+        '21'
     """
     sharing = ranks_per_gpu(world_size, gpus)
     if sharing == 1:
