@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from commfuse import _extension
 from commfuse.errors import BackendUnavailable, CommunicatorClosed, UsageError
-from commfuse.runtime import symmetric, tuning
+from commfuse.runtime import agreement, symmetric, tuning
 from commfuse.runtime.hierarchy import Hierarchy
 from commfuse.runtime.link import Link
 
@@ -132,26 +132,6 @@ class Communicator:
                     "takes one, as in Communicator(mesh['tp'])"
                 )
             group = group.get_group()
-        self.device = symmetric.resolve_device(device)
-        own = SYMMETRIC_MEMORY if self.device.type == "cuda" else SHARED_MEMORY
-        known = ["auto", own, *([HIERARCHICAL] if own == SHARED_MEMORY else []), TORCH_DISTRIBUTED]
-        if transport not in known:
-            raise UsageError(
-                f"unknown transport {transport!r} on {self.device.type}: use one of "
-                f"{', '.join(map(repr, known))}"
-            )
-        if workspace_bytes is None:
-            workspace_bytes = DEFAULT_WORKSPACE_BYTES[self.device.type]
-        if payload_bytes <= 0 or workspace_bytes < 0 or not timeout > 0:
-            raise UsageError("payload_bytes and timeout must be positive, workspace_bytes >= 0")
-        if max(payload_bytes, workspace_bytes) > MOST_BYTES:
-            raise UsageError(
-                f"too little shared memory: payload_bytes={payload_bytes} and workspace_bytes="
-                f"{workspace_bytes} are needed for each rank, and no process can map more than "
-                f"{MOST_BYTES} bytes"
-            )
-        if self.device.type == "cuda" and not link is link_inside is host is None:
-            raise UsageError("links and hosts are emulated between CPU ranks only")
         self._group = group
         self.rank = dist.get_rank(group) if group is not None else 0
         self.world_size = dist.get_world_size(group) if group is not None else 1
@@ -173,6 +153,16 @@ class Communicator:
         self.table_source: str | None = None
         self.hosts = [[0]]
         self.hierarchy: Hierarchy | None = None
+        emulates = not link is link_inside is host is None
+        everybody = agreement.collect(
+            group,
+            lambda: self._introduce(
+                device, transport, payload_bytes, workspace_bytes, emulates, host
+            ),
+        )
+        own = SYMMETRIC_MEMORY if self.device.type == "cuda" else SHARED_MEMORY
+        if workspace_bytes is None:
+            workspace_bytes = DEFAULT_WORKSPACE_BYTES[self.device.type]
         if self.world_size == 1:
             self.transport = LOCAL
             if _extension.module is not None:
@@ -180,12 +170,12 @@ class Communicator:
             if self.device.type == "cuda" and _extension.why_no_cuda() is None:
                 self._share_gpu_memory(payload_bytes, 0)
         else:
-            self.transport = self._choose_transport(transport, own, host)
-            everybody = list(range(self.world_size))
+            self.transport = self._choose_transport(transport, own, everybody)
+            ranks = list(range(self.world_size))
             if self.transport == SHARED_MEMORY:
-                self._native = self._share_memory(payload_bytes, workspace_bytes, link, everybody)
+                self._native = self._share_memory(payload_bytes, workspace_bytes, link, ranks)
             elif self.transport == SYMMETRIC_MEMORY:
-                self._native = self._share_memory(HOST_PAYLOAD_BYTES, 0, None, everybody)
+                self._native = self._share_memory(HOST_PAYLOAD_BYTES, 0, None, ranks)
                 self._share_gpu_memory(payload_bytes, workspace_bytes)
             elif self.transport == HIERARCHICAL:
                 self.hierarchy = self._meet_hosts(payload_bytes, link_inside, name)
@@ -196,18 +186,46 @@ class Communicator:
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order, by torch.distributed; anything that can be pickled."""
-        if self.world_size == 1:
-            return [value]
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self.group)
-        return values
+        return agreement.gather(self.group, value)
 
-    def _choose_transport(self, asked: str, own: str, host: str | None) -> str:
+    def _introduce(
+        self,
+        device: torch.device | str | None,
+        transport: str,
+        payload_bytes: int,
+        workspace_bytes: int | None,
+        emulates: bool,
+        host: str | None,
+    ) -> tuple[tuple, str | None, tuple[str, str]]:
+        """Checks what was asked for; this rank's host, what it lacks, and its GPU's identity."""
+        self.device = symmetric.resolve_device(device)
         on_gpu = self.device.type == "cuda"
+        transports = [SYMMETRIC_MEMORY] if on_gpu else [SHARED_MEMORY, HIERARCHICAL]
+        known = ["auto", *transports, TORCH_DISTRIBUTED]
+        if transport not in known:
+            raise UsageError(
+                f"unknown transport {transport!r} on {self.device.type}: use one of "
+                f"{', '.join(map(repr, known))}"
+            )
+        if workspace_bytes is None:
+            workspace_bytes = DEFAULT_WORKSPACE_BYTES[self.device.type]
+        if payload_bytes <= 0 or workspace_bytes < 0 or not self.timeout > 0:
+            raise UsageError("payload_bytes and timeout must be positive, workspace_bytes >= 0")
+        if max(payload_bytes, workspace_bytes) > MOST_BYTES:
+            raise UsageError(
+                f"too little shared memory: payload_bytes={payload_bytes} and workspace_bytes="
+                f"{workspace_bytes} are needed for each rank, and no process can map more than "
+                f"{MOST_BYTES} bytes"
+            )
+        if on_gpu and emulates:
+            raise UsageError("links and hosts are emulated between CPU ranks only")
         missing = _extension.why_no_cuda() if on_gpu else _extension.reason
         place = symmetric.device_identity(self.device) if on_gpu else ("", "")
-        identity = (host, *_host_identity())
-        identities, reasons, places = zip(*self.gather((identity, missing, place)), strict=True)
+        return (host, *_host_identity()), missing, place
+
+    def _choose_transport(self, asked: str, own: str, everybody: list[tuple]) -> str:
+        on_gpu = self.device.type == "cuda"
+        identities, reasons, places = zip(*everybody, strict=True)
         by_host: dict[tuple, list[int]] = {}
         for rank, found in enumerate(identities):
             by_host.setdefault(found, []).append(rank)
@@ -245,7 +263,10 @@ class Communicator:
         here = next(ranks for ranks in self.hosts if self.rank in ranks)
         inside = self._share_memory(payload_bytes, 0, link, here)
         token = self.gather(f"commfuse-{secrets.token_hex(8)}")[0]
-        return Hierarchy(self.group, self.hosts, inside, token, self.timeout, name)
+        return agreement.attempt(
+            self.group,
+            lambda: Hierarchy(self.group, self.hosts, inside, token, self.timeout, name),
+        )
 
     def transport_between(self, a: int, b: int) -> str:
         """What carries data between two ranks.
@@ -320,25 +341,31 @@ class Communicator:
         self, payload_bytes: int, workspace_bytes: int, link: Link | None, members: list[int]
     ):
         """The extension's communicator among ``members``, of which this rank is one."""
-        native = _extension.require()
-        server, offer = None, (None, None)
-        if self.rank == members[0] and len(members) > 1:
+        native, servers = _extension.require(), []
+
+        def offer() -> str | None:
+            if self.rank != members[0] or len(members) == 1:
+                return None
             try:
-                server = native.SegmentServer(len(members), payload_bytes, workspace_bytes)
-                offer = server.address, None
+                servers.append(native.SegmentServer(len(members), payload_bytes, workspace_bytes))
             except RuntimeError as error:
-                offer = None, str(error)
-        addresses, problems = zip(*self.gather(offer), strict=True)
-        if problem := next((problem for problem in problems if problem is not None), None):
-            raise UsageError(problem)
-        if len(members) == 1:
-            return native.Communicator()
+                raise UsageError(str(error)) from None
+            return servers[0].address
+
+        addresses = agreement.collect(self.group, offer)
         latency_ns = link.latency_us * 1e3 if link else 0.0
         bytes_per_ns = link.gigabytes_per_second if link else 0.0
-        if server is not None:
-            return native.Communicator.serve(server, self.timeout, latency_ns, bytes_per_ns)
-        address, place = addresses[members[0]], members.index(self.rank)
-        return native.Communicator.connect(address, place, self.timeout, latency_ns, bytes_per_ns)
+
+        def meet():
+            if len(members) == 1:
+                return native.Communicator()
+            options = (self.timeout, latency_ns, bytes_per_ns)
+            if servers:
+                return native.Communicator.serve(servers[0], *options)
+            place = members.index(self.rank)
+            return native.Communicator.connect(addresses[members[0]], place, *options)
+
+        return agreement.attempt(self.group, meet)
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -429,7 +456,7 @@ class Communicator:
         if self._native is not None:
             self._native.barrier()
         elif self.hierarchy is not None:
-            with self.hierarchy.failing_together():
+            with self.hierarchy.call("barrier"):
                 self.hierarchy.gather(torch.zeros(1, dtype=torch.uint8), "barrier")
         else:
             dist.barrier(group=self.group)
@@ -506,8 +533,9 @@ class Communicator:
         here = x.contiguous() if "nccl" in dist.get_backend(self.group) else x.cpu().contiguous()
         if self.hierarchy is not None:
             dtype = str(x.dtype).removeprefix("torch.")
-            with self.hierarchy.failing_together():
-                gathered = self.hierarchy.gather(here, f"all_gather {dtype}{list(x.shape)}")
+            what = f"all_gather {dtype}{list(x.shape)}"
+            with self.hierarchy.call(what):
+                gathered = self.hierarchy.gather(here, what)
         else:
             gathered = [torch.empty_like(here) for _ in range(self.world_size)]
             dist.all_gather(gathered, here, group=self.group)
