@@ -1,8 +1,8 @@
 """A single request in stages beside one rank, in pairs: what stages add to its latency.
 
-Machines do not keep their speed for long, and their cores differ. So every rank also holds the whole
-model; in each round every core decodes by itself, the others asleep, and then all of them in stages.
-A stage's part of a token counts at the pace of its own core.
+Machines do not keep their speed for long, and their cores differ. So every rank also holds the
+whole model; in each round every core decodes by itself, the others asleep, and then all of them in
+stages. A stage's part of a token counts at the pace of its own core.
 """
 
 from __future__ import annotations
@@ -42,13 +42,14 @@ def added_by_stages(
         idle: by round and rank, the part of its time that the stage has waited.
 
     Example:
-        >>> added_by_stages([[20, 30]], [26.25], [[0.5, 0.5]])
+        >>> added_by_stages([[20, 30]], [25.2], [[0.5, 0.5]])
         [0.05]
     """
     found = []
     for own, total, waited in zip(alone, staged, idle, strict=True):
         busy = 1 - np.array(waited)
-        found.append(float(total / (np.array(own) @ (busy / busy.sum())) - 1))
+        # A stage that is busy for a part b of the time has done b / own of the work in it.
+        found.append(float(total * (busy / busy.sum() / np.array(own)).sum() - 1))
     return found
 
 
