@@ -14,6 +14,7 @@ from commfuse.models.llama import Llama
 from commfuse.models.stage_costs import measure_costs
 from commfuse.models.stages import cut_stages
 from commfuse.ops import Sampling
+from commfuse.runtime.communicator import Communicator
 from commfuse.runtime.mesh import Mesh, init_mesh
 
 
@@ -165,7 +166,8 @@ def soak(path: str, prompts: list[list[int]], new_tokens: int, steps: int) -> di
 
     pause, done, outputs, warm = random.Random(dist.get_rank()), 0, set(), None
     while done < steps:
-        with init_mesh(pp=dist.get_world_size()) as mesh:
+        # torch's process groups, which init_mesh makes, would stay open until the job ends.
+        with Mesh(None, Communicator(), Communicator(dist.group.WORLD)) as mesh:
             model, _ = _load(path, mesh)
             generator = Generator(model, Pipeline(model, mesh.pp))
             for _ in range(10):
@@ -174,7 +176,7 @@ def soak(path: str, prompts: list[list[int]], new_tokens: int, steps: int) -> di
                 outputs.add(str(found.outputs))
                 done += found.statistics.steps
             mesh.pp.barrier()
-        del generator, model
+        del generator, model, mesh
         if warm is None and done >= steps // 5:
             warm = footprint()
     return {"steps": done, "outputs": len(outputs), "before": warm, "after": footprint()}
