@@ -131,7 +131,7 @@ def run_generate(
         UsageError: a model or a backend that cannot be used, or no extension.
         CommfuseError: an engine failed, or speculation changed an answer.
     """
-    path = _model_path(model)
+    path = model_path(model)
     if backends is None:
         backends = BACKENDS if path.is_dir() else BACKENDS[:2]
     elif "transformers" in backends and not path.is_dir():
@@ -159,7 +159,8 @@ def run_generate(
         print_generate_table(rows)
 
 
-def _model_path(model: str) -> Path:
+def model_path(model: str) -> Path:
+    """The folder or file of a model, SmolLM2's being made ready for use where it is not."""
     if model != "smollm2":
         return Path(model)
     from commfuse.models.smollm2 import ensure_smollm2

@@ -15,6 +15,8 @@ from rich import box
 from rich.table import Table
 
 from commfuse import ops
+from commfuse.bench import latency
+from commfuse.bench.generate import model_path
 from commfuse.bench.provenance import provenance
 from commfuse.bench.table import console, print_provenance
 from commfuse.bench.timing import gather
@@ -109,6 +111,10 @@ def print_pipeline_table(rows: list[dict]) -> None:
         elif what == "boundary":
             name, ours = "a boundary, exposed", f"{row['waited_us']:.1f} us"
             theirs = f"{row['exposed']:.0%} of a transfer of {row['transfer_us']:.1f} us"
+        elif what == "single":
+            name, ours = f"a token of one request, layers {row['layers']}", f"{row['token_ms']} ms"
+            alone = ", ".join(map(str, row["one_rank_token_ms"]))
+            theirs = f"{row['added']:+.1%} to one rank's, which on each core takes {alone} ms"
         else:
             name = f"tokens/s, {row['requests']} requests, layers {row['layers']}"
             ours = f"{row['tokens_per_second']:.1f}"
@@ -292,38 +298,37 @@ def decode_rows(options: Options, model: str) -> list[dict]:
         CommfuseError: a generation failed, or stages have changed a token.
     """
     link = ["--link", f"pp={_link_text(options.link)}"] if options.link else []
-    stages = ["--pp", str(options.stages), *link]
-    single = _generate(model, options, 1, [])
     batch = _generate(model, options, REQUESTS, [])
-    staged_single = _generate(model, options, 1, stages)
+    stages = ["--pp", str(options.stages), *link]
     staged = _generate(model, options, REQUESTS * options.stages, stages)
-    tokens = {tuple(out["token_ids"]) for run in (single, batch, staged_single, staged)
-              for out in run["outputs"]}  # fmt: skip
+    tokens = {tuple(out["token_ids"]) for run in (batch, staged) for out in run["outputs"]}
     if len(tokens) != 1:
-        raise CommfuseError("stages, or a batch, have changed a token of one prompt")
-    rows = []
-    for what, run, base in (("single", staged_single, single), ("groups", staged, batch)):
-        ours, theirs = (r["stats"]["tokens_per_second"] for r in (run, base))
-        rows.append(
-            {
-                "op": "pipeline",
-                "what": what,
-                "stages": options.stages,
-                "compute": "real",
-                "emulated": options.link.name if options.link else False,
-                "dtype": options.dtype,
-                "model": model,
-                "requests": len(run["outputs"]),
-                "tokens_per_second": round(ours, 2),
-                "one_rank_requests": len(base["outputs"]),
-                "one_rank_tokens_per_second": round(theirs, 2),
-                "times_one_rank": round(ours / theirs, 4),
-                "decode_idle": run["stats"]["pipeline"]["decode_idle"],
-                "layers": run["stats"]["pipeline"]["layers"],
-                **provenance(),
-            }
-        )
-    return rows
+        raise CommfuseError("stages have changed a token of one prompt")
+    ours, theirs = (run["stats"]["tokens_per_second"] for run in (staged, batch))
+    single = latency.measure(options.stages, model_path(model), options.dtype, options.link)
+    common = {
+        "stages": options.stages,
+        "compute": "real",
+        "emulated": options.link.name if options.link else False,
+        "dtype": options.dtype,
+        "model": model,
+    }
+    return [
+        {"op": "pipeline", "what": "single", **common, **single, **provenance()},
+        {
+            "op": "pipeline",
+            "what": "groups",
+            **common,
+            "requests": len(staged["outputs"]),
+            "tokens_per_second": round(ours, 2),
+            "one_rank_requests": len(batch["outputs"]),
+            "one_rank_tokens_per_second": round(theirs, 2),
+            "times_one_rank": round(ours / theirs, 4),
+            "decode_idle": staged["stats"]["pipeline"]["decode_idle"],
+            "layers": staged["stats"]["pipeline"]["layers"],
+            **provenance(),
+        },
+    ]
 
 
 def _link_text(link: Link) -> str:

@@ -142,8 +142,8 @@ PYBIND11_MODULE(_C, m) {
       .def_static(
           "serve",
           [](SegmentServer& server, double timeout_s, double latency_ns, double bytes_per_ns) {
-            return std::make_shared<Communicator>(Segment::serve(std::move(server), timeout_s), 0,
-                                                  timeout_s, LinkModel{latency_ns, bytes_per_ns});
+            return std::make_shared<Communicator>(Segment::serve(std::move(server)), 0, timeout_s,
+                                                  LinkModel{latency_ns, bytes_per_ns});
           },
           py::arg("server"), py::arg("timeout_s"), py::arg("latency_ns"), py::arg("bytes_per_ns"),
           unlocked)
@@ -151,8 +151,8 @@ PYBIND11_MODULE(_C, m) {
           "connect",
           [](const std::string& address, int rank, double timeout_s, double latency_ns,
              double bytes_per_ns) {
-            return std::make_shared<Communicator>(Segment::connect(address, rank, timeout_s), rank,
-                                                  timeout_s, LinkModel{latency_ns, bytes_per_ns});
+            return std::make_shared<Communicator>(Segment::connect(address, rank), rank, timeout_s,
+                                                  LinkModel{latency_ns, bytes_per_ns});
           },
           py::arg("address"), py::arg("rank"), py::arg("timeout_s"), py::arg("latency_ns"),
           py::arg("bytes_per_ns"), unlocked)
@@ -164,6 +164,7 @@ PYBIND11_MODULE(_C, m) {
                              [](const Communicator& c) { return c.payload_bytes(0); })
       .def_property_readonly("workspace_bytes", &Communicator::workspace_bytes)
       .def("workspace", &workspace, py::arg("rank"))
+      .def_property_readonly("awaited", &Communicator::awaited)
       .def("check", &Communicator::check)
       .def("barrier", &Communicator::barrier, unlocked)
       .def("hand_over", &Communicator::hand_over, py::arg("bytes"), unlocked)
@@ -181,10 +182,8 @@ PYBIND11_MODULE(_C, m) {
           "serve",
           [](std::shared_ptr<Communicator> communicator, SegmentServer& server, int source,
              int target, const ChannelShape& shape) {
-            const double timeout_s = communicator->timeout_s();
-            return std::make_shared<Channel>(std::move(communicator),
-                                             Segment::serve(std::move(server), timeout_s), source,
-                                             target, shape);
+            return std::make_shared<Channel>(
+                std::move(communicator), Segment::serve(std::move(server)), source, target, shape);
           },
           py::arg("communicator"), py::arg("server"), py::arg("source"), py::arg("target"),
           py::arg("shape"), unlocked)
@@ -192,10 +191,8 @@ PYBIND11_MODULE(_C, m) {
           "connect",
           [](std::shared_ptr<Communicator> communicator, const std::string& address, int source,
              int target, const ChannelShape& shape) {
-            const double timeout_s = communicator->timeout_s();
-            return std::make_shared<Channel>(std::move(communicator),
-                                             Segment::connect(address, 1, timeout_s), source,
-                                             target, shape);
+            return std::make_shared<Channel>(std::move(communicator), Segment::connect(address, 1),
+                                             source, target, shape);
           },
           py::arg("communicator"), py::arg("address"), py::arg("source"), py::arg("target"),
           py::arg("shape"), unlocked)

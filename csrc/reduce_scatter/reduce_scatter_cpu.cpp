@@ -6,7 +6,7 @@
 namespace commfuse {
 namespace {
 
-at::Tensor reduce_scatter(const at::Tensor& x, int64_t handle) {
+at::Tensor reduce_scatter(const at::Tensor& x, int64_t handle, at::OptionalIntArrayRef part_of) {
   Communicator& communicator = Communicator::from_handle(handle);
   const DType dtype = dtype_of_tensor(x, "x");
   TORCH_CHECK_VALUE(x.dim() > 0, "x has 0 dimensions; the ranks share its first one");
@@ -20,7 +20,7 @@ at::Tensor reduce_scatter(const at::Tensor& x, int64_t handle) {
   at::Tensor out = empty_output(shape, x.scalar_type());
 
   const CommunicationTimer timer(communicator);
-  const Descriptor descriptor = describe(Op::reduce_scatter, dtype, x.sizes());
+  const Descriptor descriptor = describe(Op::reduce_scatter, dtype, part_of.value_or(x.sizes()));
   const int64_t n = out.numel(), size = static_cast<int64_t>(size_of(dtype));
   const std::byte* from = static_cast<const std::byte*>(x.const_data_ptr());
   std::byte* to = static_cast<std::byte*>(out.mutable_data_ptr());

@@ -4,7 +4,8 @@
 namespace commfuse::gpu {
 namespace {
 
-at::Tensor reduce_scatter_of_tensor(const at::Tensor& x, int64_t handle) {
+at::Tensor reduce_scatter_of_tensor(const at::Tensor& x, int64_t handle,
+                                    at::OptionalIntArrayRef part_of) {
   GpuCall call(x, handle);
   const DType dtype = dtype_of_tensor(x, "x");
   const int world = call.world();
@@ -22,7 +23,7 @@ at::Tensor reduce_scatter_of_tensor(const at::Tensor& x, int64_t handle) {
   const int64_t n = out.numel(), size = static_cast<int64_t>(size_of(dtype));
   const bool by_lines = static_cast<int64_t>(x.nbytes()) <= call.gpu().thresholds.lines;
   const int64_t capacity = reduce_scatter_capacity(call.gpu().workspace(), by_lines) / size;
-  const Descriptor descriptor = describe(Op::reduce_scatter, dtype, x.sizes());
+  const Descriptor descriptor = describe(Op::reduce_scatter, dtype, part_of.value_or(x.sizes()));
   int64_t done = 0;
   do {
     const int64_t count = std::min(capacity, n - done);

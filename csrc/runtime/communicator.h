@@ -70,6 +70,8 @@ class Communicator {
   size_t workspace_bytes() const { return segment_ ? segment_->header().workspace_bytes : 0; }
   bool emulated() const { return static_cast<bool>(link_); }
 
+  // The rank that a call is waiting for, and not just briefly; -1: none. Any thread may ask.
+  int awaited() const { return awaited_.load(std::memory_order_relaxed); }
   // Throws the recorded error of this communicator, if there is one.
   void check() const;
   // Every rank enters before any rank leaves.
@@ -133,6 +135,7 @@ class Communicator {
   uint64_t generation_ = 0;
   int64_t handle_ = -1;
   std::atomic<bool> busy_{false};
+  std::atomic<int> awaited_{-1};
   bool closed_ = false;
   int publish_delay_us_ = 0;
   std::string name_;
@@ -163,13 +166,14 @@ void Communicator::wait_for(int peer, There there, Differs differs, Fail fail) {
     if (there()) return;
     if (!read_ahead_.step()) pause_briefly();
   }
+  awaited_.store(peer, std::memory_order_relaxed);
   const RankArea& area = segment_->area(peer);
   const int64_t deadline = now_ns() + static_cast<int64_t>(timeout_s_ * 1e9);
   for (;;) {
     // Read before the word: who closes or runs out of time does so after its last signal.
     const bool late = now_ns() > deadline;
     const bool closed = area.closed.load(std::memory_order_acquire) != 0;
-    if (there()) return;
+    if (there()) return awaited_.store(-1, std::memory_order_relaxed);
     check();
     if (differs()) fail(Failure::mismatch);
     if (closed) fail(Failure::closed);

@@ -51,11 +51,10 @@ socklen_t abstract_address(const std::string& name, sockaddr_un* address) {
   return static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + 1 + name.size());
 }
 
+// By then all ranks of a segment have met, or one of them cannot come.
 class Deadline {
  public:
-  explicit Deadline(double seconds)
-      : end_(std::chrono::steady_clock::now() +
-             std::chrono::milliseconds(static_cast<int64_t>(seconds * 1000))) {}
+  Deadline() : end_(std::chrono::steady_clock::now() + std::chrono::seconds(10)) {}
 
   // Waits until fd is readable.
   void wait_readable(int fd, const std::string& what) const {
@@ -244,7 +243,7 @@ void Segment::map(int memory_fd, uint64_t bytes) {
   bytes_ = bytes;
 }
 
-Segment Segment::serve(SegmentServer server, double timeout_s) {
+Segment Segment::serve(SegmentServer server) {
   Segment segment;
   segment.size_ = server.size_;
   segment.map(server.memory_.get(), server.size_.bytes());
@@ -255,7 +254,7 @@ Segment Segment::serve(SegmentServer server, double timeout_s) {
   header.workspace_bytes = server.size_.workspace_bytes;
   header.channel_bytes = server.size_.channel_bytes;
 
-  const Deadline deadline(timeout_s);
+  const Deadline deadline;
   std::vector<bool> seen(static_cast<size_t>(server.size_.world));
   while (static_cast<int>(segment.peers_.size()) < server.size_.world - 1) {
     deadline.wait_readable(server.listener_.get(), "waiting for all ranks to connect");
@@ -277,7 +276,7 @@ Segment Segment::serve(SegmentServer server, double timeout_s) {
   return segment;
 }
 
-Segment Segment::connect(const std::string& address, int rank, double timeout_s) {
+Segment Segment::connect(const std::string& address, int rank) {
   const size_t colon = address.find(':');
   if (colon == std::string::npos || address.size() - colon - 1 != 2 * kTokenBytes) {
     throw std::invalid_argument("not a segment's address: " + address);
@@ -297,7 +296,7 @@ Segment Segment::connect(const std::string& address, int rank, double timeout_s)
       static_cast<ssize_t>(sizeof hello)) {
     fail("greeting rank 0");
   }
-  Deadline(timeout_s).wait_readable(server.get(), "waiting for rank 0's shared memory");
+  Deadline().wait_readable(server.get(), "waiting for rank 0's shared memory");
   uint64_t bytes = 0;
   const FileDescriptor memory = receive_memory(server.get(), &bytes);
   Segment segment;

@@ -56,10 +56,11 @@ class SegmentServer {
 
 class Segment {
  public:
-  // Rank 0: waits until all others have connected.
-  static Segment serve(SegmentServer server, double timeout_s);
+  // Rank 0: waits until all others have connected; they begin together, so that it takes no more
+  // than some seconds.
+  static Segment serve(SegmentServer server);
   // The others.
-  static Segment connect(const std::string& address, int rank, double timeout_s);
+  static Segment connect(const std::string& address, int rank);
 
   Segment(Segment&& other) noexcept;
   Segment& operator=(Segment&&) = delete;

@@ -159,6 +159,25 @@ def test_stages_are_cut_by_what_one_rank_has_measured_for_all(model):
         assert "hold layers 0 to 0, 2 to 4 of 5: each must begin where" in rank["refused"]
 
 
+def test_a_straggling_stage_changes_no_token_and_a_stuck_one_is_named(model, whole):
+    args = (model[0], PROMPTS, NEW_TOKENS)
+    first, second = run_ranks(f"{PIPELINE}:straggling", 2, args=args)
+    assert first["outputs"] == second["outputs"] == whole["drafts"][0]
+    kind, text = first["stuck"]
+    assert kind == "PeerTimeout"
+    assert "among the stages, rank 0 waited 0.5 s for rank 1 in" in text
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_many_steps_with_delays_leave_nothing_behind(model):
+    args = (model[0], PROMPTS, 40, 5000)
+    for rank in run_ranks(f"{PIPELINE}:soak", 2, args=args, timeout=560):
+        assert rank["steps"] >= 5000 and rank["outputs"] == 1
+        assert rank["after"][:2] == rank["before"][:2]
+        assert rank["after"][2] - rank["before"][2] < 16 << 20  # bytes
+
+
 @pytest.mark.parametrize(("stages", "victim"), [(2, 1), (3, 1)])
 def test_a_killed_stage_is_named_by_all_others(model, stages, victim, tmp_path):
     results = run_ranks(

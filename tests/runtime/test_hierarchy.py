@@ -118,18 +118,42 @@ def test_a_failure_is_the_same_on_every_rank_and_final(failures):
 
 
 @pytest.mark.parametrize(
-    ("name", "within", "across"),
+    ("name", "calls"),
     [
-        ("shapes", ["float32[6]", "float32[48]"], ["float32[6]", "float32[8, 6]"]),
-        ("dtypes", ["float32[6]", "float16[6]"], ["float32[6]", "float16[6]"]),
+        ("shapes", ["float32[6]", "float32[8, 6]"]),
+        ("dtypes", ["float32[6]", "float16[6]"]),
     ],
 )
-def test_calls_that_differ_are_both_named(failures, name, within, across):
+def test_calls_that_differ_are_both_named(failures, name, calls):
     hosts, ranks = failures
     kind, text, _ = ranks[0][name][0]
     assert kind == "PeerMismatch"
-    assert all(part in text for part in (within if hosts == EVEN else across)), text
+    assert all(call in text for call in calls), text
     assert f"rank {len(hosts) - 1} called" in text
+
+
+def test_shapes_that_differ_within_hosts_alone_are_both_named(jobs):
+    shapes_of_case = (("float32[5]", "float32[6]"), ("float32[4, 2]", "float32[2, 4]"))
+    for case, shapes in enumerate(shapes_of_case):
+        found = [rank[case][:2] for rank in jobs["padded"]]
+        kind, text = found[0]
+        assert kind == "PeerMismatch" and found == [found[0]] * 4
+        assert all(f"reduce_scatter {shape}" in text for shape in shapes), text
+
+
+@pytest.mark.parametrize(("way", "through"), [("across", 1), ("within", 2)])
+def test_who_holds_up_all_others_is_named_not_who_waits_for_it(jobs, way, through):
+    kind, text, _ = jobs["held up"][0][way][0]
+    assert kind == "PeerTimeout"
+    assert f"rank 0 waited 0.5 s for rank 3, for which rank {through} waits, in" in text
+    assert [rank[way][1][:2] for rank in jobs["held up"]] == [(kind, text)] * 4
+
+
+def test_a_second_thread_is_refused_and_harms_nothing(jobs):
+    (kind, text, _), _ = jobs["second thread"][0]
+    assert kind == "ConcurrentUse"
+    assert "all_reduce float32[2]" in text and "make a second Communicator" in text
+    assert [sums for _, sums in jobs["second thread"]] == [[4.0] * 4] * 4
 
 
 def test_who_is_late_or_leaves_is_named(failures):

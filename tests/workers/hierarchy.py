@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -199,6 +200,80 @@ def failures(group, hosts: list[int]) -> dict[str, tuple]:
     return found
 
 
+def padded(group, hosts: list[int]) -> list[tuple[str, str, float]]:
+    """Shapes that differ within hosts alone, and are cut into as many parts of as many elements."""
+    found = []
+    for shapes in ((5, 6), ((4, 2), (2, 4))):
+        with communicator(group, hosts) as comm:
+            x = torch.ones(shapes[comm.rank % 2])
+            found.append(raised(lambda x=x, comm=comm: ops.all_reduce(x, comm)))
+            dist.barrier(group)
+    return found
+
+
+def until(true) -> None:
+    """Polls for it; what follows finds out when it never comes."""
+    deadline = time.monotonic() + 30
+    while not true() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def held_up(group, hosts: list[int]) -> dict[str, list[tuple[str, str, float]]]:
+    """Rank 3 gets stuck; rank 0, the first to lose patience, waits for one who waits for rank 3."""
+    found = {}
+    for name in ("across", "within"):
+        with communicator(group, hosts, timeout=0.5 if dist.get_rank(group) == 0 else 60) as comm:
+            hierarchy, sum_across = comm.hierarchy, comm.hierarchy.sum_across
+            has_failed = lambda place=hierarchy: place._store.check(["failure"])  # noqa: E731
+
+            def stuck(mine, what, has_failed=has_failed, sum_across=sum_across):
+                until(has_failed)
+                return sum_across(mine, what)
+
+            def hurried(mine, what, waits=hierarchy._waits, sum_across=sum_across):
+                sent = sum_across(mine, what)
+                until(lambda: waits.of(1) == 3)  # across, while rank 0 waits for it within
+                return sent
+
+            if comm.rank == 3 and name == "across":
+                hierarchy.sum_across = stuck
+            elif comm.rank == 3:
+                until(has_failed)
+            elif comm.rank == 0 and name == "across":
+                hierarchy.sum_across = hurried
+            elif comm.rank == 0:
+                until(lambda waits=hierarchy._waits: waits.of(2) == 3)  # within, and rank 0 across
+            x = torch.ones(6)
+            found[name] = [raised(lambda comm=comm, x=x: ops.all_reduce(x, comm)) for _ in range(2)]
+            dist.barrier(group)
+    return found
+
+
+def second_thread(group, hosts: list[int]) -> tuple[tuple[str, str, float], list[float]]:
+    """A call on rank 0 while another thread's is waiting across hosts; what both calls give."""
+    sums: list[float] = []
+    error = ("", "", 0.0)
+    with communicator(group, hosts) as comm:
+        hierarchy = comm.hierarchy
+
+        def call() -> None:
+            sums.extend(ops.all_reduce(torch.ones(2), comm).tolist())
+
+        if comm.rank == 0:
+            first = threading.Thread(target=call)
+            first.start()
+            until(lambda: hierarchy._across is not None)
+            error = raised(call)
+            hierarchy._store.set("go", "")
+            first.join()
+        else:
+            if comm.rank == 2:
+                until(lambda: hierarchy._store.check(["go"]))
+            call()
+        call()
+    return error, sums
+
+
 def refusals(group) -> dict[str, tuple[str, str, float]]:
     """Hierarchies that cannot be had, for two ranks."""
     host = str(dist.get_rank(group))
@@ -236,6 +311,8 @@ def everything(even: list[int], uneven: list[int], victim: int, folder: str) -> 
     world, rank = dist.group.WORLD, dist.get_rank()
     three, two = dist.new_group([0, 1, 2]), dist.new_group([0, 1])
     mine = {"even": sums(world, even), "even failures": failures(world, even)}
+    mine |= {"padded": padded(world, even), "held up": held_up(world, even)}
+    mine["second thread"] = second_thread(world, even)
     if rank < 3:
         mine["uneven"] = sums(three, uneven)
         mine["uneven failures"] = failures(three, uneven)

@@ -1,6 +1,7 @@
 """On every rank: a model in stages, generating in batches, with drafts, sampled, and failing."""
 
 import os
+import random
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from commfuse.models.llama import Llama
 from commfuse.models.stage_costs import measure_costs
 from commfuse.models.stages import cut_stages
 from commfuse.ops import Sampling
+from commfuse.runtime.communicator import Communicator
 from commfuse.runtime.mesh import Mesh, init_mesh
 
 
@@ -126,6 +128,58 @@ def measured(path: str) -> dict:
         except CommfuseError as error:
             refused = str(error)
     return {"costs": costs, "layers": [len(stage.layers) for stage in cut], "refused": refused}
+
+
+def straggling(path: str, prompts: list[list[int]], new_tokens: int) -> dict:
+    """Two stages, late at random before they signal and between passes; then one that is stuck."""
+    pause = random.Random(dist.get_rank())
+    with init_mesh(pp=2) as mesh:
+        model, _ = _load(path, mesh)
+        generator = Generator(model, Pipeline(model, mesh.pp))
+
+        def on_tokens(index: int, tokens: list[int]) -> None:
+            mesh.pp._native.set_publish_delay_us(pause.choice((0, 0, 0, 500)))
+            if pause.random() < 0.1:
+                time.sleep(pause.random() * 2e-3)
+
+        found = generator.generate(prompts, new_tokens, draft_length=3, on_tokens=on_tokens).outputs
+        mesh.pp._native.set_publish_delay_us(0)
+    with init_mesh(pp=2, timeout=0.5) as mesh:
+        model, _ = _load(path, mesh)
+        generator, error = Generator(model, Pipeline(model, mesh.pp)), ("", "")
+        if mesh.pp.rank == 0:
+            try:
+                generator.generate(prompts, new_tokens)
+            except CommfuseError as raised:
+                error = type(raised).__name__, str(raised)
+        dist.barrier()
+    return {"outputs": found, "stuck": error}
+
+
+def soak(path: str, prompts: list[list[int]], new_tokens: int, steps: int) -> dict:
+    """Generations until so many steps are done, with delays; what changes, and what is left."""
+
+    def footprint() -> tuple[int, int, int]:
+        resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        maps = Path("/proc/self/maps").read_text().count("memfd:commfuse")
+        return maps, len(os.listdir("/proc/self/fd")), resident
+
+    pause, done, outputs, warm = random.Random(dist.get_rank()), 0, set(), None
+    while done < steps:
+        # torch's process groups, which init_mesh makes, would stay open until the job ends.
+        with Mesh(None, Communicator(), Communicator(dist.group.WORLD)) as mesh:
+            model, _ = _load(path, mesh)
+            generator = Generator(model, Pipeline(model, mesh.pp))
+            for _ in range(10):
+                mesh.pp._native.set_publish_delay_us(pause.choice((0, 0, 200)))
+                found = generator.generate(prompts, new_tokens)
+                outputs.add(str(found.outputs))
+                done += found.statistics.steps
+            mesh.pp.barrier()
+        del generator, model, mesh
+        if warm is None and done >= steps // 5:
+            warm = footprint()
+    return {"steps": done, "outputs": len(outputs), "before": warm, "after": footprint()}
 
 
 def dying(path: str, victim: int, folder: str) -> tuple[str, str, float]:

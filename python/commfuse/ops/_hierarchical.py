@@ -34,8 +34,8 @@ def hierarchical_all_reduce(comm: Communicator, x: torch.Tensor) -> torch.Tensor
     padding = max(1, -(-count // hierarchy.parts)) * hierarchy.parts - count
     flat = F.pad(x.view(-1), (0, padding)) if padding else x.view(-1)
     what = f"all_reduce {str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
-    with hierarchy.failing_together(what):
-        mine = torch.ops.commfuse.reduce_scatter(flat, handle)
+    with hierarchy.call(what):
+        mine = torch.ops.commfuse.reduce_scatter(flat, handle, x.shape)
         torch_collectives.sum_across_hosts(comm, mine, what)
         whole = torch.ops.commfuse.all_gather(mine, handle)
     return whole[:count].view(x.shape)

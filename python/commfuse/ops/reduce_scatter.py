@@ -32,12 +32,15 @@ def _rows_of_a_rank(x: torch.Tensor, world_size: int) -> int:
     return rows
 
 
-def _fake(x: torch.Tensor, communicator: int) -> torch.Tensor:
+def _fake(x: torch.Tensor, communicator: int, part_of: list[int] | None = None) -> torch.Tensor:
     world_size = _extension.require().world_size(communicator)
     return x.new_empty((_rows_of_a_rank(x, world_size), *x.shape[1:]))
 
 
-_reduce_scatter = define("reduce_scatter(Tensor x, int communicator) -> Tensor", _fake)
+# part_of: the shape of the message that x is made of, which ranks must then agree on in its place.
+_reduce_scatter = define(
+    "reduce_scatter(Tensor x, int communicator, int[]? part_of=None) -> Tensor", _fake
+)
 
 
 def reference(xs: Sequence[torch.Tensor]) -> torch.Tensor:

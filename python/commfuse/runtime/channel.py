@@ -21,6 +21,7 @@ from commfuse.errors import (
     PeerTimeout,
     UsageError,
 )
+from commfuse.runtime import agreement
 from commfuse.runtime.communicator import (
     MOST_BYTES,
     SHARED_MEMORY,
@@ -86,49 +87,15 @@ class Channel:
         slots: int = FEWEST_SLOTS,
         transport: str = "auto",
     ):
-        if comm.device.type != "cpu":
-            raise BackendUnavailable("channels connect ranks on the CPU in this version")
-        world = comm.world_size
-        if not (0 <= source < world and 0 <= target < world and source != target):
-            raise UsageError(
-                f"a channel from rank {source} to rank {target} of {world}: it takes two different "
-                f"ranks, 0 to {world - 1}"
-            )
-        if rows < 1 or columns < 1 or dtype not in DTYPES:
-            raise UsageError(
-                f"a channel for {dtype} [{rows}, {columns}]: rows and columns must be at least 1, "
-                f"and the dtype one of {', '.join(str(dtype) for dtype in DTYPES)}"
-            )
-        if not FEWEST_SLOTS <= slots <= MOST_SLOTS:
-            raise UsageError(f"slots={slots}: use {FEWEST_SLOTS} to {MOST_SLOTS}")
-        if (needed := slots * rows * columns * dtype.itemsize) > MOST_BYTES:
-            raise UsageError(
-                f"too little shared memory: a channel needs {needed} bytes, and no process can map "
-                f"more than {MOST_BYTES}; pass fewer rows or slots"
-            )
-        if transport not in ("auto", SHARED_MEMORY, TORCH_DISTRIBUTED):
-            raise UsageError(
-                f"unknown transport {transport!r}: use 'auto', {SHARED_MEMORY!r} or "
-                f"{TORCH_DISTRIBUTED!r}"
-            )
-        if transport == SHARED_MEMORY and comm.transport != SHARED_MEMORY:
-            raise BackendUnavailable(
-                f"a channel over shared memory needs a communicator that has it; transport is "
-                f"{comm.transport}"
-            )
         self.comm, self.source, self.target = comm, source, target
         self.rows, self.columns, self.dtype, self.slots = rows, columns, dtype, slots
         self.transport = transport
-        if transport == "auto":
-            shared = comm.transport == SHARED_MEMORY
-            self.transport = SHARED_MEMORY if shared else TORCH_DISTRIBUTED
-        self.backend = "cpu" if self.transport == SHARED_MEMORY else "torch"
-        self.no_rows = torch.empty(0, columns, dtype=dtype)
         self._native = None
         self._posted: deque[tuple[torch.Tensor, dist.Work]] = deque()
         self._sent: deque[tuple[torch.Tensor, dist.Work]] = deque()
         self._failure: CommunicatorError | None = None
         self._open()
+        self.no_rows = torch.empty(0, columns, dtype=dtype)
         comm.channels.append(self)
 
     def __repr__(self) -> str:
@@ -155,23 +122,61 @@ class Channel:
             raise UsageError(f"rank {self.comm.rank} is at neither end of {self!r}")
         return self.target if self.comm.rank == self.source else self.source
 
+    def _declare(self) -> None:
+        """Refuses what this rank cannot have."""
+        comm, source, target = self.comm, self.source, self.target
+        rows, columns, dtype, slots = self.rows, self.columns, self.dtype, self.slots
+        world = comm.world_size
+        comm.check_host()
+        if comm.device.type != "cpu":
+            raise BackendUnavailable("channels connect ranks on the CPU in this version")
+        if not (0 <= source < world and 0 <= target < world and source != target):
+            raise UsageError(
+                f"a channel from rank {source} to rank {target} of {world}: it takes two different "
+                f"ranks, 0 to {world - 1}"
+            )
+        if rows < 1 or columns < 1 or dtype not in DTYPES:
+            raise UsageError(
+                f"a channel for {dtype} [{rows}, {columns}]: rows and columns must be at least 1, "
+                f"and the dtype one of {', '.join(str(dtype) for dtype in DTYPES)}"
+            )
+        if not FEWEST_SLOTS <= slots <= MOST_SLOTS:
+            raise UsageError(f"slots={slots}: use {FEWEST_SLOTS} to {MOST_SLOTS}")
+        if (needed := slots * rows * columns * dtype.itemsize) > MOST_BYTES:
+            raise UsageError(
+                f"too little shared memory: a channel needs {needed} bytes, and no process can map "
+                f"more than {MOST_BYTES}; pass fewer rows or slots"
+            )
+        if self.transport not in ("auto", SHARED_MEMORY, TORCH_DISTRIBUTED):
+            raise UsageError(
+                f"unknown transport {self.transport!r}: use 'auto', {SHARED_MEMORY!r} or "
+                f"{TORCH_DISTRIBUTED!r}"
+            )
+        if self.transport == SHARED_MEMORY and comm.transport != SHARED_MEMORY:
+            raise BackendUnavailable(
+                f"a channel over shared memory needs a communicator that has it; transport is "
+                f"{comm.transport}"
+            )
+        if self.transport == "auto":
+            shared = comm.transport == SHARED_MEMORY
+            self.transport = SHARED_MEMORY if shared else TORCH_DISTRIBUTED
+        self.backend = "cpu" if self.transport == SHARED_MEMORY else "torch"
+
     def _open(self) -> None:
         """Compares the declarations and connects the two ends."""
-        comm, server = self.comm, None
-        self.comm.check_host()
-        shape, address, problem = None, None, None
-        if self.transport == SHARED_MEMORY:
-            native = _extension.require()
-            dtype = getattr(native.DType, str(self.dtype).removeprefix("torch."))
-            shape = native.ChannelShape(dtype, self.rows, self.columns, self.slots)
-            if comm.rank == self.source:
+        comm, servers = self.comm, []
+
+        def offer() -> tuple[str, str | None, int]:
+            self._declare()
+            if self.transport == SHARED_MEMORY and comm.rank == self.source:
                 try:
-                    server = native.SegmentServer.for_channel(shape)
-                    address = server.address
+                    servers.append(_extension.require().SegmentServer.for_channel(self._shape))
                 except RuntimeError as error:
-                    problem = str(error)
+                    raise UsageError(str(error)) from None
+            return repr(self), servers[0].address if servers else None, _next_tag
+
         global _next_tag
-        everybody = comm.gather((repr(self), address, problem, _next_tag))
+        everybody = agreement.collect(comm.group, offer)
         self._tag = max(tag for *_, tag in everybody)
         _next_tag = self._tag + 1
         for rank, (declared, *_) in enumerate(everybody):
@@ -180,14 +185,25 @@ class Channel:
                     f"rank {rank} has declared {declared} while rank 0 has declared "
                     f"{everybody[0][0]}: all ranks must make the same channels in the same order"
                 )
-        _, address, problem, _ = everybody[self.source]
-        if problem is not None:
-            raise UsageError(problem)
-        ends = (comm._native, server or address, self.source, self.target, shape)
-        if shape is not None and comm.rank == self.source:
-            self._native = native.Channel.serve(*ends)
-        elif shape is not None and comm.rank == self.target:
-            self._native = native.Channel.connect(*ends)
+
+        def meet() -> None:
+            if self.transport != SHARED_MEMORY or comm.rank not in (self.source, self.target):
+                return
+            native = _extension.require().Channel
+            ends = (self.source, self.target, self._shape)
+            if servers:
+                self._native = native.serve(comm._native, servers[0], *ends)
+            else:
+                address = everybody[self.source][1]
+                self._native = native.connect(comm._native, address, *ends)
+
+        agreement.attempt(comm.group, meet)
+
+    @property
+    def _shape(self):
+        native = _extension.require()
+        dtype = getattr(native.DType, str(self.dtype).removeprefix("torch."))
+        return native.ChannelShape(dtype, self.rows, self.columns, self.slots)
 
     def close(self) -> None:
         """Releases its memory; by torch.distributed, when all that was sent has left."""

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from commfuse import _extension
 from commfuse.errors import BackendUnavailable, CommunicatorClosed, UsageError
-from commfuse.runtime import shared_memory, symmetric, transports, tuning
+from commfuse.runtime import agreement, shared_memory, symmetric, transports, tuning
 from commfuse.runtime.gpu_memory import GpuMemory
 from commfuse.runtime.hierarchy import Hierarchy
 from commfuse.runtime.link import Link
@@ -121,20 +121,6 @@ class Communicator:
                     "takes one, as in Communicator(mesh['tp'])"
                 )
             group = group.get_group()
-        self.device = symmetric.resolve_device(device)
-        transports.check_name(transport, self.device)
-        if workspace_bytes is None:
-            workspace_bytes = DEFAULT_WORKSPACE_BYTES[self.device.type]
-        if payload_bytes <= 0 or workspace_bytes < 0 or not timeout > 0:
-            raise UsageError("payload_bytes and timeout must be positive, workspace_bytes >= 0")
-        if max(payload_bytes, workspace_bytes) > MOST_BYTES:
-            raise UsageError(
-                f"too little shared memory: payload_bytes={payload_bytes} and workspace_bytes="
-                f"{workspace_bytes} are needed for each rank, and no process can map more than "
-                f"{MOST_BYTES} bytes"
-            )
-        if self.device.type == "cuda" and not link is link_inside is host is None:
-            raise UsageError("links and hosts are emulated between CPU ranks only")
         self._group = group
         self.rank = dist.get_rank(group) if group is not None else 0
         self.world_size = dist.get_world_size(group) if group is not None else 1
@@ -151,6 +137,26 @@ class Communicator:
         self.transport_reason: str | None = None
         self.hosts = [[0]]
         self.hierarchy: Hierarchy | None = None
+
+        def introduce() -> transports.Place:
+            nonlocal workspace_bytes
+            self.device = symmetric.resolve_device(device)
+            transports.check_name(transport, self.device)
+            if workspace_bytes is None:
+                workspace_bytes = DEFAULT_WORKSPACE_BYTES[self.device.type]
+            if payload_bytes <= 0 or workspace_bytes < 0 or not timeout > 0:
+                raise UsageError("payload_bytes and timeout must be positive, workspace_bytes >= 0")
+            if max(payload_bytes, workspace_bytes) > MOST_BYTES:
+                raise UsageError(
+                    f"too little shared memory: payload_bytes={payload_bytes} and workspace_bytes="
+                    f"{workspace_bytes} are needed for each rank, and no process can map more than "
+                    f"{MOST_BYTES} bytes"
+                )
+            if self.device.type == "cuda" and not link is link_inside is host is None:
+                raise UsageError("links and hosts are emulated between CPU ranks only")
+            return transports.locate(self.device, host)
+
+        places = agreement.collect(group, introduce)
         if self.world_size == 1:
             self.transport = LOCAL
             if _extension.module is not None:
@@ -158,7 +164,7 @@ class Communicator:
             if self.device.type == "cuda" and _extension.why_no_cuda() is None:
                 self._share_gpu_memory(payload_bytes, 0)
         else:
-            choice = transports.choose(transport, self.device, host, self.gather)
+            choice = transports.choose(transport, self.device, places, self.gather)
             self.transport, self.transport_reason = choice.transport, choice.reason
             self.hosts = choice.hosts
             everybody = range(self.world_size)
@@ -176,19 +182,14 @@ class Communicator:
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order, by torch.distributed; anything that can be pickled."""
-        if self.world_size == 1:
-            return [value]
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self.group)
-        return values
+        return agreement.gather(self.group, value)
 
     def _connect(
         self, members: Sequence[int], payload_bytes: int, workspace_bytes: int, link: Link | None
     ) -> Any:
         return shared_memory.connect(
-            self.rank,
+            self.group,
             members,
-            self.gather,
             payload_bytes=payload_bytes,
             workspace_bytes=workspace_bytes,
             timeout=self.timeout,
@@ -199,7 +200,10 @@ class Communicator:
         here = next(ranks for ranks in self.hosts if self.rank in ranks)
         inside = self._connect(here, payload_bytes, 0, link)
         token = self.gather(f"commfuse-{secrets.token_hex(8)}")[0]
-        return Hierarchy(self.group, self.hosts, inside, token, self.timeout, name)
+        return agreement.attempt(
+            self.group,
+            lambda: Hierarchy(self.group, self.hosts, inside, token, self.timeout, name),
+        )
 
     def _share_gpu_memory(self, payload_bytes: int, workspace_bytes: int) -> None:
         self._gpu = GpuMemory(
@@ -350,7 +354,7 @@ class Communicator:
         if self._native is not None:
             self._native.barrier()
         elif self.hierarchy is not None:
-            with self.hierarchy.failing_together():
+            with self.hierarchy.call("barrier"):
                 self.hierarchy.gather(torch.zeros(1, dtype=torch.uint8), "barrier")
         else:
             dist.barrier(group=self.group)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 import time
 import zlib
 from collections.abc import Iterator, Sequence
@@ -30,10 +31,13 @@ from commfuse.errors import (
     PeerMismatch,
     PeerTimeout,
 )
+from commfuse.runtime.waits import Waits
 
 # A rank waits a little longer for other hosts than for its own: whoever shares a host with a stuck
 # rank knows better which one it is, and is heard first.
 PATIENCE = timedelta(seconds=1)
+# How long hosts may take to connect: their ranks begin together.
+CONNECTING = timedelta(seconds=10)
 # How long a rank that has waited in vain looks for word of a peer that may be waiting for it, too.
 GRACE_SECONDS = 0.5
 
@@ -113,16 +117,20 @@ class Hierarchy:
     ):
         self.hosts, self.inside = hosts, inside
         self._rank, world = dist.get_rank(group), dist.get_world_size(group)
+        self._host = next(host for host in hosts if self._rank in host)
         self._others = [rank for rank in range(world) if rank != self._rank]
         self.parts, self._pieces = cut_pieces(hosts)
         self._timeout, self._name = timedelta(seconds=timeout), name
         self._failure: CommunicatorError | None = None
         self._calls = 0
+        self._busy = threading.Lock()
+        self._across: int | None = None  # the rank of another host that is being waited for
         self._store = dist.PrefixStore(token, group.get_group_store())
         # Not one of torch's named groups: it can be dropped by one rank alone, at any time.
         self._links: dist.ProcessGroup | None = dist.ProcessGroupGloo(
-            dist.PrefixStore("links", self._store), self._rank, world, self._timeout + PATIENCE
+            dist.PrefixStore("links", self._store), self._rank, world, CONNECTING
         )
+        self._waits = Waits(self._store, self._rank, self._awaited)
 
     def sum_across(self, mine: torch.Tensor, what: str) -> int:
         """Adds up, in place, what the hosts have of this rank's slice.
@@ -138,12 +146,11 @@ class Hierarchy:
             Bytes sent.
 
         Raises:
-            CommunicatorError: within :meth:`failing_together`.
+            CommunicatorError: within :meth:`call`.
         """
         self._calls += 1
-        host = next(host for host in self.hosts if self._rank in host)
-        first = host.index(self._rank) * self.parts // len(host)
-        size = mine.numel() * len(host) // self.parts  # of a part
+        first = self._host.index(self._rank) * self.parts // len(self._host)
+        size = mine.numel() * len(self._host) // self.parts  # of a part
         exchanges = []
         for piece in self._pieces:
             if self._rank in piece.owners:
@@ -168,7 +175,7 @@ class Hierarchy:
             what: as for :meth:`sum_across`.
 
         Raises:
-            CommunicatorError: within :meth:`failing_together`.
+            CommunicatorError: within :meth:`call`.
         """
         self._calls += 1
         found = {**self._arrived(self._exchange(self._others, x, what), what), self._rank: x}
@@ -189,22 +196,39 @@ class Hierarchy:
     def _arrived(self, under_way: dict[int, _Exchange], what: str) -> dict[int, torch.Tensor]:
         for rank, exchange in under_way.items():
             with self._naming(rank, what):
+                self._across = rank
                 exchange.receiving.wait(self._timeout + PATIENCE)
                 exchange.sending.wait(self._timeout + PATIENCE)
+                self._across = None
         return {rank: exchange.there for rank, exchange in under_way.items()}
 
     # ---- failures ------------------------------------------------------------------------------
 
     @contextmanager
-    def failing_together(self, what: str = "") -> Iterator[None]:
-        """Makes a failure in it that of all ranks, and final.
+    def call(self, what: str) -> Iterator[None]:
+        """A call, of which there is one at a time; a failure in it is that of all ranks, and final.
 
         Args:
             what: the op, its dtype and shape, of which a call within the host may be a part.
 
         Raises:
+            ConcurrentUse: another thread's call is running; that one is not harmed.
             CommunicatorError: the first failure that any rank has found.
         """
+        if not self._busy.acquire(blocking=False):
+            raise ConcurrentUse(
+                f"a second stream of calls on one communicator: {what} began while another "
+                "thread's call was running. One communicator serves one stream; make a second "
+                "Communicator for the other"
+            )
+        try:
+            with self._failing_together(what):
+                yield
+        finally:
+            self._busy.release()
+
+    @contextmanager
+    def _failing_together(self, what: str = "") -> Iterator[None]:
         if self._failure is not None:
             raise self._failure
         try:
@@ -215,14 +239,17 @@ class Hierarchy:
             if error is self._failure:
                 raise
             # From the host's own communicator, which counts its ranks from 0.
-            host = next(host for host in self.hosts if self._rank in host)
-            text = re.sub(r"\brank (\d+)", lambda found: f"rank {host[int(found[1])]}", str(error))
+            text = re.sub(
+                r"\brank (\d+)", lambda found: f"rank {self._host[int(found[1])]}", str(error)
+            )
+            if isinstance(error, PeerTimeout):
+                text = re.sub(r"for rank (\d+)", lambda found: self._for(int(found[1])), text)
             part = f" (part of rank {self._rank}'s {what})" if what else ""
             raise self._failed(type(error)(text + part)) from None
 
     def check(self) -> None:
         """Raises this communicator's failure, if this rank can know of one."""
-        with self.failing_together():
+        with self._failing_together():
             self.inside.check()
 
     def close(self) -> None:
@@ -233,8 +260,19 @@ class Hierarchy:
         self._leave()
 
     def _leave(self) -> None:
+        self._waits.close()
         self.inside.close()
         self._links = None  # its connections end here, and the peers notice
+
+    def _awaited(self) -> int | None:
+        """The rank that this one is waiting for, of whatever host."""
+        across, place = self._across, self.inside.awaited
+        return self._host[place] if across is None and place >= 0 else across
+
+    def _for(self, peer: int) -> str:
+        """Of a wait for a peer, which may itself be held up by another rank: for whom."""
+        behind = self._waits.behind(peer)
+        return f"for rank {behind}" + (f", for which rank {peer} waits," if behind != peer else "")
 
     @contextmanager
     def _naming(self, peer: int, what: str) -> Iterator[None]:
@@ -264,8 +302,8 @@ class Hierarchy:
         if "timed out" not in said.lower():
             return PeerDied(f"rank {peer} is gone: {me} lost it in {call}: {said}")
         return PeerTimeout(
-            f"{me} waited {self._timeout.total_seconds():.3g} s for rank {peer} in {call}. Is that "
-            "rank stuck, or did it leave out a call? The limit is Communicator(timeout=)"
+            f"{me} waited {self._timeout.total_seconds():.3g} s {self._for(peer)} in {call}. Is "
+            "that rank stuck, or did it leave out a call? The limit is Communicator(timeout=)"
         )
 
     def _has_closed(self, peer: int) -> bool:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from commfuse.errors import UsageError
+from commfuse.runtime import agreement
 from commfuse.runtime.communicator import Communicator
 from commfuse.runtime.link import Link
 
@@ -89,8 +90,12 @@ def init_mesh(
         return Mesh(None, Communicator(None, **options["tp"]), Communicator(None, **options["pp"]))
     # Ranks agree with each other on the CPU (gloo), whatever the communicators are for.
     device_mesh = init_device_mesh("cpu", (pp, tp), mesh_dim_names=("pp", "tp"))
-    return Mesh(
-        device_mesh,
-        Communicator(device_mesh["tp"], **options["tp"]),
-        Communicator(device_mesh["pp"], **options["pp"]),
-    )
+    # Where one of them cannot be had, ranks that have no part in it must not go on, either.
+    world = dist.group.WORLD
+    tp_ranks = agreement.attempt(world, lambda: Communicator(device_mesh["tp"], **options["tp"]))
+    try:
+        stages = agreement.attempt(world, lambda: Communicator(device_mesh["pp"], **options["pp"]))
+    except Exception:
+        tp_ranks.close()
+        raise
+    return Mesh(device_mesh, tp_ranks, stages)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
+
+import torch.distributed as dist
 
 from commfuse import _extension
 from commfuse.errors import UsageError
+from commfuse.runtime import agreement
 from commfuse.runtime.link import Link
 
 
 def connect(
-    rank: int,
+    group: dist.ProcessGroup,
     members: Sequence[int],
-    gather: Callable[[Any], list[Any]],
     *,
     payload_bytes: int,
     workspace_bytes: int,
@@ -25,9 +27,8 @@ def connect(
     Collective over the whole group: its ranks may be members of different communicators.
 
     Args:
-        rank: in the group.
+        group: of all ranks.
         members: ranks of the group; the first one makes the memory.
-        gather: brings together the values of all ranks of the group.
         payload_bytes: the largest message of a call, bytes.
         workspace_bytes: of each member.
         timeout: seconds that a rank waits for another.
@@ -35,23 +36,31 @@ def connect(
 
     Raises:
         UsageError: too little shared memory. All ranks of the group raise it.
+        CommunicatorError: a rank could not connect, or has ended. All other ranks raise it.
     """
-    native = _extension.require()
-    server, offer = None, (None, None)
-    if rank == members[0] and len(members) > 1:
+    native, rank = _extension.require(), dist.get_rank(group)
+    servers = []  # one, on the first member
+
+    def offer() -> str | None:
+        if rank != members[0] or len(members) == 1:
+            return None
         try:
-            server = native.SegmentServer(len(members), payload_bytes, workspace_bytes)
-            offer = server.address, None
+            servers.append(native.SegmentServer(len(members), payload_bytes, workspace_bytes))
         except RuntimeError as error:
-            offer = None, str(error)
-    addresses, problems = zip(*gather(offer), strict=True)
-    if problem := next((problem for problem in problems if problem is not None), None):
-        raise UsageError(problem)
-    if len(members) == 1:
-        return native.Communicator()
+            raise UsageError(str(error)) from None
+        return servers[0].address
+
+    addresses = agreement.collect(group, offer)
     latency_ns = link.latency_us * 1e3 if link else 0.0
     bytes_per_ns = link.gigabytes_per_second if link else 0.0
-    if server is not None:
-        return native.Communicator.serve(server, timeout, latency_ns, bytes_per_ns)
-    address, place = addresses[members[0]], members.index(rank)
-    return native.Communicator.connect(address, place, timeout, latency_ns, bytes_per_ns)
+    options = (timeout, latency_ns, bytes_per_ns)
+
+    def meet() -> Any:
+        if len(members) == 1:
+            return native.Communicator()
+        if servers:
+            return native.Communicator.serve(servers[0], *options)
+        place = members.index(rank)
+        return native.Communicator.connect(addresses[members[0]], place, *options)
+
+    return agreement.attempt(group, meet)

@@ -53,9 +53,9 @@ def all_gather(comm: Communicator, x: torch.Tensor) -> torch.Tensor:
     # gloo gathers in CPU memory only.
     here = x.contiguous() if "nccl" in dist.get_backend(comm.group) else x.cpu().contiguous()
     if comm.hierarchy is not None:
-        dtype = str(x.dtype).removeprefix("torch.")
-        with comm.hierarchy.failing_together():
-            gathered = comm.hierarchy.gather(here, f"all_gather {dtype}{list(x.shape)}")
+        what = f"all_gather {str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
+        with comm.hierarchy.call(what):
+            gathered = comm.hierarchy.gather(here, what)
     else:
         gathered = [torch.empty_like(here) for _ in range(comm.world_size)]
         dist.all_gather(gathered, here, group=comm.group)

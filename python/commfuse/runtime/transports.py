@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,21 @@ SYMMETRIC_MEMORY = "symmetric memory"
 TORCH_DISTRIBUTED = "torch.distributed"
 HIERARCHICAL = "hierarchical"
 LOCAL = "local"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank runs: what the others must know of it to choose a transport.
+
+    Attributes:
+        host: equal for ranks of one host.
+        missing: why this rank cannot run our kernels, or None.
+        gpu: see :func:`~commfuse.runtime.symmetric.device_identity`; empty on the CPU.
+    """
+
+    host: tuple[str | None, ...]
+    missing: str | None
+    gpu: tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -52,15 +67,28 @@ def check_name(asked: str, device: torch.device) -> None:
         )
 
 
+def locate(device: torch.device, host: str | None) -> Place:
+    """This rank's place.
+
+    Args:
+        device: of its tensors.
+        host: a name for its host, or None: see Communicator.
+    """
+    if device.type == "cuda":
+        identity = symmetric.device_identity(device)
+        return Place((host, *_host()), _extension.why_no_cuda(), identity)
+    return Place((host, *_host()), _extension.reason, ("", ""))
+
+
 def choose(
-    asked: str, device: torch.device, host: str | None, gather: Callable[[Any], list[Any]]
+    asked: str, device: torch.device, places: Sequence[Place], gather: Callable[[Any], list[Any]]
 ) -> Choice:
     """The transport of two ranks or more; all of them call this together.
 
     Args:
         asked: a transport by name, or ``"auto"``.
         device: of this rank's tensors.
-        host: a name for this rank's host, or None: see Communicator.
+        places: of all ranks, in order.
         gather: brings together every rank's value.
 
     Raises:
@@ -68,18 +96,15 @@ def choose(
         UsageError: ranks are on one GPU without the set-up that this takes.
     """
     on_gpu = device.type == "cuda"
-    missing = _extension.why_no_cuda() if on_gpu else _extension.reason
-    place = symmetric.device_identity(device) if on_gpu else ("", "")
-    identities, reasons, places = zip(*gather(((host, *_host()), missing, place)), strict=True)
     by_host: dict[tuple, list[int]] = {}
-    for rank, found in enumerate(identities):
-        by_host.setdefault(found, []).append(rank)
+    for rank, place in enumerate(places):
+        by_host.setdefault(place.host, []).append(rank)
     hosts = list(by_host.values())
     if asked == TORCH_DISTRIBUTED:
         return Choice(TORCH_DISTRIBUTED, hosts)
     own = own_transport(device)
-    problem = next((reason for reason in reasons if reason is not None), None)
-    some_together = 1 < len(hosts) < len(identities) and not on_gpu
+    problem = next((place.missing for place in places if place.missing is not None), None)
+    some_together = 1 < len(hosts) < len(places) and not on_gpu
     if asked == HIERARCHICAL and not some_together:
         problem = "no two ranks share a host" if len(hosts) > 1 else "all ranks share one host"
     elif some_together and problem is None and asked != own:
@@ -91,9 +116,9 @@ def choose(
             f"transport={instead!r}"
         )
     elif on_gpu and problem is None:
-        if conflict := symmetric.placement_problem(list(places)):
+        if conflict := symmetric.placement_problem([place.gpu for place in places]):
             raise UsageError(conflict)
-        unreachable = gather(symmetric.unreachable(device, [gpu for gpu, _ in places]))
+        unreachable = gather(symmetric.unreachable(device, [place.gpu[0] for place in places]))
         problem = next((reason for reason in unreachable if reason is not None), None)
     if problem is None:
         return Choice(own, hosts)
