@@ -8,9 +8,7 @@ namespace commfuse::gpu {
 void rms_norm(DType dtype, const void* x, const void* weight, float eps, void* y, int64_t rows,
               int64_t n, cudaStream_t stream, bool successor_early) {
   if (rows == 0 || n == 0) return;
-  const int64_t units = (n * static_cast<int64_t>(size_of(dtype)) + 15) / 16;
-  int threads = 64;
-  while (threads < kNormThreads && threads < units) threads *= 2;
+  const int threads = norm_threads(n * static_cast<int64_t>(size_of(dtype)));
   with_type(dtype, [&]<class T>() {
     launch(rms_norm_rows<T>, Grid{static_cast<int>(rows), threads, stream},
            static_cast<const T*>(x), static_cast<const T*>(weight), eps, static_cast<T*>(y),

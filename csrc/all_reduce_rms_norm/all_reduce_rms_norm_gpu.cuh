@@ -30,6 +30,14 @@ __device__ __forceinline__ float block_sum(float value, float (&partial)[32]) {
 
 constexpr int kNormThreads = 512;
 
+// Of a block that normalises rows of as many bytes: the order of the sum depends on it.
+inline int norm_threads(int64_t row_bytes) {
+  const int64_t units = (row_bytes + 15) / 16;
+  int threads = 64;
+  while (threads < kNormThreads && threads < units) threads *= 2;
+  return threads;
+}
+
 // A block for each row.
 template <class T>
 __global__ void __launch_bounds__(kNormThreads, 2)

@@ -24,16 +24,44 @@ from commfuse.errors import (
 from commfuse.runtime.communicator import (
     MOST_BYTES,
     SHARED_MEMORY,
+    SYMMETRIC_MEMORY,
     TORCH_DISTRIBUTED,
     Communicator,
 )
+from commfuse.runtime.symmetric import SymmetricBuffer
 
+# Which backend of the ops serves a transport.
+BACKENDS = {SHARED_MEMORY: "cpu", SYMMETRIC_MEMORY: "cuda", TORCH_DISTRIBUTED: "torch"}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FEWEST_SLOTS, MOST_SLOTS = 2, 64
 # Of torch.distributed's messages: no other channel of this process, on whatever communicator, has
 # had the same, so that none gets what was sent into another.
 _next_tag = 0
 STAMP_BYTES = 8  # of the time of arrival, over an emulated link
+
+
+def _transport(asked: str, comm: Communicator) -> str:
+    """What a channel goes by.
+
+    Raises:
+        UsageError, BackendUnavailable: see :class:`Channel`.
+    """
+    own = SYMMETRIC_MEMORY if comm.device.type == "cuda" else SHARED_MEMORY
+    known = ["auto", own, *([TORCH_DISTRIBUTED] if own == SHARED_MEMORY else [])]
+    if asked not in known:
+        raise UsageError(
+            f"unknown transport {asked!r} of a channel on {comm.device.type}: use one of "
+            f"{', '.join(map(repr, known))}"
+        )
+    if comm.transport == own and asked in ("auto", own):
+        return own
+    if asked == own or TORCH_DISTRIBUTED not in known:
+        because = f" ({comm.transport_reason})" if comm.transport_reason else ""
+        raise BackendUnavailable(
+            f"a channel over {own} needs a communicator that has it; transport is "
+            f"{comm.transport}{because}"
+        )
+    return TORCH_DISTRIBUTED
 
 
 class Channel:
@@ -46,24 +74,30 @@ class Channel:
 
     Its failures are the communicator's, and final. It closes with the communicator.
 
+    Between GPUs it serves one stream of messages, which need not be that of the communicator's
+    collectives; calls return before they have run, and CUDA graphs may hold them. Every rank of the
+    communicator gives the slots' memory, whether it is at an end or not.
+
     Args:
-        comm: of the two ranks, on the CPU. An emulated link holds back what a rank sends.
+        comm: of the two ranks. An emulated link holds back what a rank sends.
         source, target: ranks of ``comm``, where messages begin and end.
         rows: the most rows of a message.
         columns: of every message.
         dtype: bfloat16, float16 or float32. Bits are copied as they are: other data may be viewed
             as one of these.
         slots: messages that may be under way, 2 to 64.
-        transport: ``"shared memory"`` or ``"torch.distributed"``; ``"auto"``: the former
-            where all ranks of the communicator share it.
+        transport: on the CPU ``"shared memory"`` or ``"torch.distributed"``; ``"auto"``: the former
+            where all ranks of the communicator share it. On GPUs ``"symmetric memory"``, which
+            ``"auto"`` stands for.
 
     Raises:
         UsageError: sizes or ranks that cannot be, too little shared memory.
         PeerMismatch: ranks have declared different channels; all ranks raise it.
-        BackendUnavailable: shared memory was asked for and the communicator has none.
+        BackendUnavailable: shared or symmetric memory was asked for and the communicator has none;
+            or the GPUs cannot map each other's.
 
     Attributes:
-        backend: of the ops on this channel: ``"cpu"`` or ``"torch"``.
+        backend: of the ops on this channel: ``"cpu"``, ``"cuda"`` or ``"torch"``.
         no_rows: [0, columns], a message without rows.
 
     Example:
@@ -86,8 +120,6 @@ class Channel:
         slots: int = FEWEST_SLOTS,
         transport: str = "auto",
     ):
-        if comm.device.type != "cpu":
-            raise BackendUnavailable("channels connect ranks on the CPU in this version")
         world = comm.world_size
         if not (0 <= source < world and 0 <= target < world and source != target):
             raise UsageError(
@@ -106,25 +138,13 @@ class Channel:
                 f"too little shared memory: a channel needs {needed} bytes, and no process can map "
                 f"more than {MOST_BYTES}; pass fewer rows or slots"
             )
-        if transport not in ("auto", SHARED_MEMORY, TORCH_DISTRIBUTED):
-            raise UsageError(
-                f"unknown transport {transport!r}: use 'auto', {SHARED_MEMORY!r} or "
-                f"{TORCH_DISTRIBUTED!r}"
-            )
-        if transport == SHARED_MEMORY and comm.transport != SHARED_MEMORY:
-            raise BackendUnavailable(
-                f"a channel over shared memory needs a communicator that has it; transport is "
-                f"{comm.transport}"
-            )
         self.comm, self.source, self.target = comm, source, target
         self.rows, self.columns, self.dtype, self.slots = rows, columns, dtype, slots
-        self.transport = transport
-        if transport == "auto":
-            shared = comm.transport == SHARED_MEMORY
-            self.transport = SHARED_MEMORY if shared else TORCH_DISTRIBUTED
-        self.backend = "cpu" if self.transport == SHARED_MEMORY else "torch"
-        self.no_rows = torch.empty(0, columns, dtype=dtype)
+        self.transport = _transport(transport, comm)
+        self.backend = BACKENDS[self.transport]
+        self.no_rows = torch.empty(0, columns, dtype=dtype, device=comm.device)
         self._native = None
+        self._memory: SymmetricBuffer | None = None  # between GPUs
         self._posted: deque[tuple[torch.Tensor, dist.Work]] = deque()
         self._sent: deque[tuple[torch.Tensor, dist.Work]] = deque()
         self._failure: CommunicatorError | None = None
@@ -160,11 +180,11 @@ class Channel:
         comm, server = self.comm, None
         self.comm.check_host()
         shape, address, problem = None, None, None
-        if self.transport == SHARED_MEMORY:
+        if self.transport != TORCH_DISTRIBUTED:
             native = _extension.require()
             dtype = getattr(native.DType, str(self.dtype).removeprefix("torch."))
             shape = native.ChannelShape(dtype, self.rows, self.columns, self.slots)
-            if comm.rank == self.source:
+            if self.transport == SHARED_MEMORY and comm.rank == self.source:
                 try:
                     server = native.SegmentServer.for_channel(shape)
                     address = server.address
@@ -183,6 +203,15 @@ class Channel:
         _, address, problem, _ = everybody[self.source]
         if problem is not None:
             raise UsageError(problem)
+        if self.transport == SYMMETRIC_MEMORY:
+            nbytes = native.gpu_channel_bytes(shape)
+            self._memory = SymmetricBuffer(comm.group, nbytes, comm.device)
+            if comm.rank in (self.source, self.target):
+                ends = (comm._native, self._memory.addresses, self.source, self.target, shape)
+                with torch.cuda.device(comm.device):
+                    self._native = native.Channel.on_gpu(*ends)
+            comm.barrier()  # nobody sends before both ends have loaded their kernels
+            return
         ends = (comm._native, server or address, self.source, self.target, shape)
         if shape is not None and comm.rank == self.source:
             self._native = native.Channel.serve(*ends)
@@ -190,7 +219,15 @@ class Channel:
             self._native = native.Channel.connect(*ends)
 
     def close(self) -> None:
-        """Releases its memory; by torch.distributed, when all that was sent has left."""
+        """Releases its memory; by torch.distributed, when all that was sent has left.
+
+        Between GPUs, when this rank's kernels have ended; the peer must have ended its own.
+        """
+        if self._memory is not None:
+            torch.cuda.synchronize(self.comm.device)
+            self._native = None
+            self._memory.close()
+            self._memory = None
         self._native = None
         self._posted.clear()
         while self._sent and self._failure is None:
@@ -205,7 +242,7 @@ class Channel:
     def post(self, rows: int) -> None:
         """Asks for the next message before it is needed, so that it can arrive meanwhile.
 
-        Over shared memory a message needs no asking: its slot is there.
+        Over memory that the ranks share a message needs no asking: its slot is there.
         """
         if self.backend == "torch":
             self._check(rows, self.target, "recv")
