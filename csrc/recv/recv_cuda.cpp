@@ -18,7 +18,7 @@ std::tuple<at::Tensor, at::Tensor> receive(const ChannelCall& call, int64_t rows
   RecvArgs args = {shape.dtype, x.mutable_data_ptr(), nullptr, static_cast<float>(eps), nullptr};
   if (norm_weight) {
     check_matches(*norm_weight, x, {shape.columns}, "norm_weight");
-    y = at::empty_like(x);
+    y = at::empty(x.sizes(), options);
     args.norm_weight = norm_weight->const_data_ptr();
     args.y = y.mutable_data_ptr();
   }

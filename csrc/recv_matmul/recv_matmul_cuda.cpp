@@ -23,7 +23,7 @@ std::tuple<at::Tensor, at::Tensor> recv_matmul_of_tensors(
   if (norm_weight) check_matches(*norm_weight, x, {shape.columns}, "norm_weight");
   if (bias) check_matches(*bias, x, {n}, "bias");
   // What is multiplied: x itself where nothing is normalised.
-  const at::Tensor in = norm_weight ? at::empty_like(x) : x;
+  const at::Tensor in = norm_weight ? at::empty(x.sizes(), x.options()) : x;
   const at::Tensor y = at::empty({rows, n}, x.options());
   const RecvArgs args = {shape.dtype, x.mutable_data_ptr(), data_or_null(norm_weight),
                          static_cast<float>(eps), in.mutable_data_ptr()};
