@@ -70,9 +70,10 @@ def matmul_send(
     """Sends x wᵀ (+ bias) (+ residual) into a channel, rows as they are finished.
 
     On the CPU, and on GPUs for up to 64 rows of bfloat16 or float16, the product is computed
-    straight into the receiver's slot, and its bits are those of
-    :func:`~commfuse.ops.matmul_all_reduce` on one rank. More rows on GPUs go by torch's GEMM in up
-    to eight parts, one of which is sent while the next is computed.
+    straight into the receiver's slot. Its bits are those of
+    :func:`~commfuse.ops.matmul_all_reduce` on one rank (CPU), or of :func:`~commfuse.ops.matmul`
+    and an addition of the residual (GPU). More rows on GPUs go by torch's GEMM in up to eight
+    parts, one of which is sent while the next is computed.
 
     Args:
         x: [rows, k], contiguous; of the channel's dtype.
