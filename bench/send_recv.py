@@ -32,7 +32,7 @@ class Options:
     """A benchmark of send and recv, as ``commfuse bench send_recv`` takes it.
 
     Attributes:
-        backends: ``cpu`` and ``torch``; None: both.
+        backends: on the CPU ``cpu`` and ``torch``; None: all.
         dtype: name of a torch dtype.
         cases: ``quick`` or ``all``.
         iterations: messages each way that are timed; None: about a second's worth.

@@ -64,6 +64,7 @@ def _cells(row: dict) -> dict[str, str]:
         "of read": "" if fraction is None else f"{fraction:.0%}",
         "exposed, own": _loss_text(row.get("exposed_own")),
         "of baseline": _loss_text(row.get("of_baseline")),
+        "of GEMMs": "" if row.get("of_gemms") is None else f"{row['of_gemms']:.2f}",
     }
 
 

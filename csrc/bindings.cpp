@@ -13,6 +13,7 @@
 #include "vocab_parallel_sample/sample.h"
 #ifdef COMMFUSE_WITH_CUDA
 #include "all_reduce/all_reduce_cuda.h"
+#include "gpu/channel_end.h"
 #include "matmul_all_reduce/matmul_all_reduce_cuda.h"
 #include "runtime/gpu_links.h"
 #include "vocab_parallel_sample/sample_cuda.h"
@@ -93,6 +94,7 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("performance_rank", &GpuLink::performance_rank);
   m.def("gpu_links", &gpu_links);
   m.def("gpu_workspace_bytes", &gpu::workspace_bytes, py::arg("world"), py::arg("slot_bytes"));
+  m.def("gpu_channel_bytes", &gpu::channel_bytes, py::arg("shape"));
 #endif
 
   py::enum_<DType>(m, "DType")
@@ -177,7 +179,8 @@ PYBIND11_MODULE(_C, m) {
       .def("stop_spans", &Communicator::stop_spans)
       .def("set_name", &Communicator::set_name, py::arg("name"))
       .def("set_publish_delay_us", &Communicator::set_publish_delay_us);
-  py::class_<Channel, std::shared_ptr<Channel>>(m, "Channel")
+  py::class_<Channel, std::shared_ptr<Channel>> channel(m, "Channel");
+  channel
       .def_static(
           "serve",
           [](std::shared_ptr<Communicator> communicator, SegmentServer& server, int source,
@@ -198,6 +201,18 @@ PYBIND11_MODULE(_C, m) {
           py::arg("shape"), unlocked)
       .def_property_readonly("handle", &Channel::handle);
 #ifdef COMMFUSE_WITH_CUDA
+  channel.def_static(
+      "on_gpu",
+      [](std::shared_ptr<Communicator> communicator, const std::vector<uint64_t>& addresses,
+         int source, int target, const ChannelShape& shape) {
+        attachment(*communicator);
+        auto end =
+            std::make_shared<gpu::ChannelEnd>(*communicator, addresses, source, target, shape);
+        return std::make_shared<Channel>(std::move(communicator), std::move(end), source, target,
+                                         shape);
+      },
+      py::arg("communicator"), py::arg("addresses"), py::arg("source"), py::arg("target"),
+      py::arg("shape"));
   communicator
       .def(
           "attach_gpu",

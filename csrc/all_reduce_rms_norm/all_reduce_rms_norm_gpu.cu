@@ -7,9 +7,7 @@ namespace commfuse::gpu {
 
 void rms_norm(const RMSNormArgs& a, cudaStream_t stream, bool successor_early) {
   if (a.rows == 0 || a.n == 0) return;
-  const int64_t units = (a.n * static_cast<int64_t>(size_of(a.dtype)) + 15) / 16;
-  int threads = 64;
-  while (threads < kNormThreads && threads < units) threads *= 2;
+  const int threads = norm_threads(a.n * static_cast<int64_t>(size_of(a.dtype)));
   with_type(a.dtype, [&]<class T>() {
     const NormRows<T> rows = {static_cast<const T*>(a.x),
                               static_cast<const T*>(a.residual),

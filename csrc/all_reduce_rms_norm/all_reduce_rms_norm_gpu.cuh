@@ -14,6 +14,14 @@ namespace commfuse::gpu {
 
 constexpr int kNormThreads = 512;
 
+// Of a block that normalises rows of so many bytes.
+inline int norm_threads(int64_t row_bytes) {
+  const int64_t units = (row_bytes + 15) / 16;
+  int threads = 64;
+  while (threads < kNormThreads && threads < units) threads *= 2;
+  return threads;
+}
+
 // The sum of a row's squares as the blocks of reduce_tiles form it (matmul_all_reduce_gpu.cuh): of
 // eight units first, then of every 32nd of these sums, then of 32 lanes. A row's bits must not
 // depend on which of the two kernels the number of rows has chosen.

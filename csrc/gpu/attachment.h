@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "gpu/call_site.h"
+#include "gpu/one_stream.h"
 #include "runtime/communicator.h"
 
 namespace commfuse::gpu {
@@ -70,15 +71,13 @@ class Attachment {
     int64_t bytes;
   };
 
-  void check_stream(cudaStream_t stream, const Descriptor& descriptor);
-
   Communicator& communicator_;
   int device_, max_blocks_;
   Workspace workspace_ = {};
   void* registered_ = nullptr;
   uint64_t* row_report_ = nullptr;
   uint64_t* row_report_on_gpu_ = nullptr;
-  std::optional<cudaStream_t> stream_;
+  OneStream one_stream_;
   std::vector<Buffer> buffers_;
 };
 

@@ -8,22 +8,13 @@
 #include "all_gather/all_gather_gpu.h"
 #include "all_reduce/all_reduce_gpu.h"
 #include "all_reduce_rms_norm/all_reduce_rms_norm_gpu.h"
-#include "gpu/stream_order.h"
+#include "gpu/check.h"
 #include "matmul/matmul_gpu.h"
 #include "matmul_all_reduce/matmul_all_reduce_gpu.h"
 #include "reduce_scatter/reduce_scatter_gpu.h"
 #include "vocab_parallel_sample/sample_gpu.h"
 
 namespace commfuse::gpu {
-namespace {
-
-void check(cudaError_t status) {
-  if (status != cudaSuccess) {
-    throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(status));
-  }
-}
-
-}  // namespace
 
 Attachment::Attachment(Communicator& communicator, int device,
                        const std::vector<uint64_t>& addresses, int64_t slot_bytes, int max_blocks)
@@ -94,32 +85,13 @@ uint64_t Attachment::take_row_report(cudaStream_t stream) {
 
 void Attachment::admit(const Descriptor& descriptor, cudaStream_t stream) {
   communicator_.check();
-  check_stream(stream, descriptor);
+  one_stream_.admit(stream, descriptor.str(), "communicator");
 }
 
 CallSite Attachment::enter(const Descriptor& descriptor, cudaStream_t stream, int64_t bytes_sent) {
   admit(descriptor, stream);
   communicator_.count_call(static_cast<uint64_t>(bytes_sent));
   return {workspace_, descriptor, max_blocks_, stream};
-}
-
-void Attachment::check_stream(cudaStream_t stream, const Descriptor& descriptor) {
-  if (stream_ == stream) return;
-  // A capture only records; whoever replays it must order it as any other call.
-  cudaStreamCaptureStatus capture;
-  check(cudaStreamIsCapturing(stream, &capture));
-  if (capture != cudaStreamCaptureStatusNone) return;
-  if (stream_) {
-    const cudaError_t status = cudaStreamQuery(*stream_);
-    if (status == cudaErrorNotReady) {
-      throw ConcurrentUseError(
-          "a second stream of calls on one communicator: " + descriptor.str() +
-          " began while the calls of another CUDA stream were still running. One communicator "
-          "serves one stream; synchronise it first, or make a second Communicator");
-    }
-    check(status);
-  }
-  stream_ = stream;
 }
 
 std::optional<Attachment::Place> Attachment::find(const void* data, int64_t bytes) const {

@@ -7,19 +7,13 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
-#include <stdexcept>
-#include <string>
 
 #include "cpu/dtypes.h"
 #include "gpu/call_site.h"
+#include "gpu/check.h"
+#include "gpu/message.h"
 
 namespace commfuse::gpu {
-
-inline void check(cudaError_t status) {
-  if (status != cudaSuccess) {
-    throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(status));
-  }
-}
 
 inline int device_attribute(cudaDeviceAttr which) {
   int device = 0, value = 0;
@@ -32,6 +26,7 @@ struct Grid {
   int blocks, threads;
   cudaStream_t stream;
   int shared_bytes = 0;
+  bool early = true;  // not where the stream has waited for another one
 };
 
 // A pack (8 bytes) for each thread, if so many can run. Few threads a block for few packs: they
@@ -53,6 +48,12 @@ inline Grid bulk_grid(int64_t bytes, const CallSite& site) {
   return {static_cast<int>(blocks), threads, site.stream};
 }
 
+// Each block has some of a message's blocks of rows.
+inline Grid message_grid(const MessageSite& site, BlockRange range, int threads) {
+  const int blocks = std::min(range.end - range.begin, site.max_blocks);
+  return {blocks, threads, site.stream, 0, site.early};
+}
+
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), const Grid& grid, Arguments&&... arguments) {
   cudaLaunchAttribute attribute;
@@ -65,7 +66,7 @@ void launch(void (*kernel)(Parameters...), const Grid& grid, Arguments&&... argu
   config.stream = grid.stream;
   config.attrs = &attribute;
   static const bool supported = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
-  config.numAttrs = supported ? 1 : 0;
+  config.numAttrs = supported && grid.early ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
 }
 

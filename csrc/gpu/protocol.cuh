@@ -74,6 +74,45 @@ __device__ __forceinline__ void wait_for_predecessor(bool successor_early = fals
 
 enum class Wait : uint32_t { done, timed_out, aborted };
 
+// One thread: polls `there()` until it is true. On anything but done, report a failure (a time-out)
+// or just leave (aborted: somebody has reported already).
+template <class There>
+__device__ __forceinline__ Wait poll(const Workspace& w, There there) {
+  constexpr int kFastPolls = 1000;
+  uint64_t begin = 0;
+  for (int i = 0;; ++i) {
+    const bool slow = i >= kFastPolls;
+    if (i == kFastPolls) begin = now_ns();
+    // Before the poll: a rank that was stopped past its deadline still takes what has come.
+    const bool late = slow && now_ns() - begin > w.timeout_ns;
+    if (there()) return Wait::done;
+    if (!slow) continue;
+    auto* abort = reinterpret_cast<uint64_t*>(w.base[w.rank] + kAbort);
+    if (load_relaxed(abort) != 0) return Wait::aborted;
+    if (load_relaxed(w.host_failed) != 0) {
+      // The next kernel of this rank, which works in the same generation, must store nothing.
+      store_release(abort, 1 + w.rank);
+      return Wait::aborted;
+    }
+    if (late) return Wait::timed_out;
+    i = kFastPolls;
+  }
+}
+
+// One thread: reports a failure, which fill() describes, unless this rank has one, and has the
+// kernels of all ranks leave.
+template <class Fill>
+__device__ __forceinline__ void report_failure(const Workspace& w, Fill fill) {
+  auto* claim = reinterpret_cast<unsigned long long*>(w.base[w.rank] + kClaim);
+  if (atomicCAS(claim, 0ull, 1ull) != 0) return;
+  w.report->details.rank = w.rank;
+  fill(w.report->details);
+  store_release(&w.report->state, 1);  // publishes the report to the hosts of all ranks
+  for (int r = 0; r < w.world; ++r) {
+    store_release(reinterpret_cast<uint64_t*>(w.base[r] + kAbort), 1 + w.rank);
+  }
+}
+
 class Exchange {
  public:
   __device__ Exchange(const Workspace& workspace, int block, int grid)
@@ -186,28 +225,9 @@ class Exchange {
     return outcome == Wait::done;
   }
 
-  // One thread: polls `there()` until it is true. On anything but done, report with fail() (a
-  // time-out) or just leave (aborted: somebody has reported already).
   template <class There>
   __device__ __forceinline__ Wait poll(There there) const {
-    uint64_t begin = 0;
-    for (int i = 0;; ++i) {
-      const bool slow = i >= kFastPolls;
-      if (i == kFastPolls) begin = now_ns();
-      // Before the poll: a rank that was stopped past its deadline still takes what has come.
-      const bool late = slow && now_ns() - begin > w_.timeout_ns;
-      if (there()) return Wait::done;
-      if (!slow) continue;
-      auto* abort = reinterpret_cast<uint64_t*>(own_ + kAbort);
-      if (load_relaxed(abort) != 0) return Wait::aborted;
-      if (load_relaxed(w_.host_failed) != 0) {
-        // The next kernel of this rank, which works in the same generation, must store nothing.
-        store_release(abort, 1 + w_.rank);
-        return Wait::aborted;
-      }
-      if (late) return Wait::timed_out;
-      i = kFastPolls;
-    }
+    return gpu::poll(w_, there);
   }
 
   // One thread: `source` has not sent in time.
@@ -220,22 +240,16 @@ class Exchange {
 
   // One thread: reports a failure, unless this rank has one, and ends the call on all ranks.
   __device__ __noinline__ void fail(Failure kind, int peer, int phase, uint64_t seen) const {
-    auto* claim = reinterpret_cast<unsigned long long*>(own_ + kClaim);
-    if (atomicCAS(claim, 0ull, 1ull) != 0) return;
-    FailureDetails& details = w_.report->details;
-    details.failure = kind;
-    details.rank = w_.rank;
-    details.peer = peer;
-    details.phase = phase;
-    details.block = block_;
-    details.generation = generation_;
-    details.seen = seen;
-    read_descriptor(w_.rank, &details.mine, kind == Failure::mismatch);
-    read_descriptor(peer, &details.theirs, kind == Failure::mismatch);
-    store_release(&w_.report->state, 1);  // publishes the report to the hosts of all ranks
-    for (int r = 0; r < w_.world; ++r) {
-      store_release(reinterpret_cast<uint64_t*>(w_.base[r] + kAbort), 1 + w_.rank);
-    }
+    report_failure(w_, [&](FailureDetails& details) {
+      details.failure = kind;
+      details.peer = peer;
+      details.phase = phase;
+      details.block = block_;
+      details.generation = generation_;
+      details.seen = seen;
+      read_descriptor(w_.rank, &details.mine, kind == Failure::mismatch);
+      read_descriptor(peer, &details.theirs, kind == Failure::mismatch);
+    });
   }
 
   // A barrier among this rank's blocks, at most one a call; `synchronise` is the barrier of those
@@ -271,7 +285,6 @@ class Exchange {
   __device__ void finish() const { finish(static_cast<int>(blockDim.x)); }
 
  private:
-  static constexpr int kFastPolls = 1000;
   static constexpr int kUnits = sizeof(Descriptor) / 4;
 
   __device__ uint64_t* descriptor(int owner, int parity, int source) const {

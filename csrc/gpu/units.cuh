@@ -22,6 +22,15 @@ struct Units {
     const uint2 low = row.load(2 * unit), high = row.load(2 * unit + 1);
     return {low.x, low.y, high.x, high.y};
   }
+  // As of Row: what another GPU has stored in the meantime.
+  __device__ __forceinline__ uint4 load_uncached(int64_t unit) const {
+    constexpr int kElements = 16 / static_cast<int>(sizeof(T));
+    if (aligned && (unit + 1) * kElements <= n)
+      return __ldcg(reinterpret_cast<const uint4*>(data) + unit);
+    const Row<T> row(data, n);
+    const uint2 low = row.load_uncached(2 * unit), high = row.load_uncached(2 * unit + 1);
+    return {low.x, low.y, high.x, high.y};
+  }
   __device__ __forceinline__ void store(int64_t unit, uint4 value) const {
     constexpr int kElements = 16 / static_cast<int>(sizeof(T));
     if (aligned && (unit + 1) * kElements <= n) {
@@ -62,6 +71,16 @@ struct UnitSum {
     return {a.x, a.y, b.x, b.y};
   }
 };
+
+// a + b, rounded.
+template <class T>
+__device__ __forceinline__ uint4 sum_of(uint4 a, uint4 b) {
+  Floats<T> low({a.x, a.y}), high({a.z, a.w});
+  low.add({b.x, b.y});
+  high.add({b.z, b.w});
+  const uint2 x = low.pack(), y = high.pack();
+  return {x.x, x.y, y.x, y.y};
+}
 
 // unit * scale * by, element by element.
 template <class T>

@@ -26,7 +26,7 @@ at::Tensor receive(Channel& channel, int64_t rows, Arrived arrived) {
   return out;
 }
 
-at::Tensor recv(int64_t rows, int64_t handle) {
+at::Tensor recv(int64_t rows, int64_t handle, const at::Tensor&) {
   return receive(Channel::from_handle(handle), rows, [](const std::byte*, int64_t, int64_t) {});
 }
 
@@ -49,8 +49,9 @@ std::tuple<at::Tensor, at::Tensor> recv_rms_norm(int64_t rows, int64_t handle,
 
 }  // namespace
 
-// No argument of recv is a tensor, from which torch would know the device: it is the CPU.
-TORCH_LIBRARY_IMPL(commfuse, CompositeExplicitAutograd, m) { m.impl("recv", &recv); }
-TORCH_LIBRARY_IMPL(commfuse, CPU, m) { m.impl("recv.rms_norm", &recv_rms_norm); }
+TORCH_LIBRARY_IMPL(commfuse, CPU, m) {
+  m.impl("recv", &recv);
+  m.impl("recv.rms_norm", &recv_rms_norm);
+}
 
 }  // namespace commfuse

@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <mutex>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -10,9 +11,6 @@
 namespace commfuse {
 namespace {
 
-// Large enough that a signal costs little beside the copy of what it announces, small enough that
-// both copies of a block happen in the caches.
-constexpr int64_t kBlockBytes = 16 * 1024;
 constexpr uint64_t kSlotAlignment = 4096;
 
 uint64_t align(uint64_t bytes) {
@@ -37,6 +35,12 @@ uint64_t heads_bytes(int slots) {
   return align(sizeof(Head) + static_cast<uint64_t>(slots) * sizeof(SlotHead));
 }
 
+// Handles are never used again, so that a stale one cannot reach a newer channel.
+std::mutex registry_mutex;
+std::vector<Channel*> registry;
+
+}  // namespace
+
 Descriptor describe_message(Op op, const ChannelShape& shape, int64_t rows) {
   Descriptor descriptor;
   descriptor.op = op;
@@ -47,11 +51,9 @@ Descriptor describe_message(Op op, const ChannelShape& shape, int64_t rows) {
   return descriptor;
 }
 
-// Handles are never used again, so that a stale one cannot reach a newer channel.
-std::mutex registry_mutex;
-std::vector<Channel*> registry;
-
-}  // namespace
+uint16_t message_tag(const ChannelShape& shape, int64_t rows) {
+  return describe_message(Op::send, shape, rows).tag();
+}
 
 uint64_t ChannelShape::slot_bytes() const {
   return align(static_cast<uint64_t>(rows * row_bytes()));
@@ -61,12 +63,6 @@ uint64_t ChannelShape::memory_bytes() const {
   return heads_bytes(slots) + static_cast<uint64_t>(slots) * slot_bytes();
 }
 
-RowBlocks::RowBlocks(int64_t all_rows, int64_t row_bytes) : rows(all_rows) {
-  const int64_t least = (rows + kMaxBlocks - 1) / kMaxBlocks;
-  rows_each = std::max<int64_t>({1, least, kBlockBytes / std::max<int64_t>(1, row_bytes)});
-  count = static_cast<int>(std::max<int64_t>(1, (rows + rows_each - 1) / rows_each));
-}
-
 Channel::Channel(std::shared_ptr<Communicator> communicator, Segment memory, int source, int target,
                  const ChannelShape& shape)
     : communicator_(std::move(communicator)),
@@ -74,6 +70,20 @@ Channel::Channel(std::shared_ptr<Communicator> communicator, Segment memory, int
       source_(source),
       target_(target),
       shape_(shape) {
+  enter_registry();
+}
+
+Channel::Channel(std::shared_ptr<Communicator> communicator, std::shared_ptr<gpu::ChannelEnd> end,
+                 int source, int target, const ChannelShape& shape)
+    : communicator_(std::move(communicator)),
+      gpu_(std::move(end)),
+      source_(source),
+      target_(target),
+      shape_(shape) {
+  enter_registry();
+}
+
+void Channel::enter_registry() {
   const std::lock_guard lock(registry_mutex);
   handle_ = static_cast<int64_t>(registry.size());
   registry.push_back(this);
@@ -96,8 +106,11 @@ Channel& Channel::from_handle(int64_t handle) {
 Message::Message(Channel& channel, Op op, int64_t rows)
     : channel_(channel),
       descriptor_(describe_message(op, channel.shape_, rows)),
-      blocks_(rows, channel.shape_.row_bytes()),
+      blocks_(rows, channel.shape_.row_bytes(), kMaxBlocks),
       row_bytes_(channel.shape_.row_bytes()) {
+  if (!channel.memory_) {
+    throw std::invalid_argument("the channel is between GPUs, the tensors are on the CPU");
+  }
   if (channel.busy_.exchange(true, std::memory_order_acquire)) {
     throw ConcurrentUseError("a second stream of calls on one channel: " + descriptor_.str() +
                              " began while another thread's call was running");
@@ -106,22 +119,21 @@ Message::Message(Channel& channel, Op op, int64_t rows)
   try {
     communicator.check();
     number_ = channel.messages_ + 1;
-    // Both ends' words carry the digest of what is exchanged, whichever op exchanges it.
-    word_ = word_value(number_, describe_message(Op::send, channel.shape_, rows).tag());
+    word_ = word_value(number_, message_tag(channel.shape_, rows));
     const int slot = static_cast<int>(number_ % channel.shape_.slots);
-    slot_ = channel.memory_.channel() + heads_bytes(channel.shape_.slots) +
+    slot_ = channel.memory_->channel() + heads_bytes(channel.shape_.slots) +
             static_cast<uint64_t>(slot) * channel.shape_.slot_bytes();
     if (op == Op::send) {
       const uint64_t slots = static_cast<uint64_t>(channel.shape_.slots);
       const uint64_t free_from = number_ > slots ? number_ - slots : 0;
-      const std::atomic<uint64_t>& consumed = head_of(channel.memory_).consumed;
+      const std::atomic<uint64_t>& consumed = head_of(*channel.memory_).consumed;
       communicator.wait_for(
           channel.target_,
           // Acquire: the receiver's last load of this slot lies before its release store.
           [&] { return consumed.load(std::memory_order_acquire) >= free_from; },
           [] { return false; },
           [&](Failure failure) { fail(failure, 0, consumed.load(std::memory_order_relaxed)); });
-      slot_head(channel.memory_, slot).descriptor = descriptor_;
+      slot_head(*channel.memory_, slot).descriptor = descriptor_;
     }
   } catch (...) {
     channel.busy_.store(false, std::memory_order_release);
@@ -135,14 +147,14 @@ Message::~Message() {
   if (descriptor_.op != Op::send) {
     // Release: the loads of this slot lie before it. Where a wait has failed, it frees a slot of a
     // communicator that nobody can use any more.
-    head_of(channel_.memory_).consumed.store(number_, std::memory_order_release);
+    head_of(*channel_.memory_).consumed.store(number_, std::memory_order_release);
   }
   channel_.busy_.store(false, std::memory_order_release);
 }
 
 Word& Message::word(int block) const {
   const int slot = static_cast<int>(number_ % channel_.shape_.slots);
-  return slot_head(channel_.memory_, slot).words[block];
+  return slot_head(*channel_.memory_, slot).words[block];
 }
 
 void Message::fail(Failure failure, int block, uint64_t seen) const {
@@ -151,7 +163,7 @@ void Message::fail(Failure failure, int block, uint64_t seen) const {
   communicator.raise({failure, communicator.rank(),
                       communicator.rank() == channel_.source_ ? channel_.target_ : channel_.source_,
                       0, block, number_, seen, descriptor_,
-                      slot_head(channel_.memory_, slot).descriptor});
+                      slot_head(*channel_.memory_, slot).descriptor});
 }
 
 void Message::publish(int block) {
@@ -184,7 +196,7 @@ void Message::wait(int block) {
         // The last message that has begun to arrive may stand in another slot.
         uint64_t seen = 0;
         for (int slot = 0; slot < channel_.shape_.slots; ++slot) {
-          const Word& first = slot_head(channel_.memory_, slot).words[0];
+          const Word& first = slot_head(*channel_.memory_, slot).words[0];
           seen = std::max(seen, generation_of(first.value.load(std::memory_order_relaxed)));
         }
         fail(failure, block, seen);

@@ -3,15 +3,20 @@
 // published one by one, so that the receiver copies, or multiplies, one while the next is written.
 #pragma once
 
-#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <optional>
 
 #include "cpu/kernel_table.h"
 #include "runtime/communicator.h"
+#include "runtime/row_blocks.h"
 
 namespace commfuse {
+
+namespace gpu {
+class ChannelEnd;
+}
 
 struct ChannelShape {
   DType dtype;
@@ -21,33 +26,22 @@ struct ChannelShape {
 
   int64_t row_bytes() const { return columns * static_cast<int64_t>(size_of(dtype)); }
   uint64_t slot_bytes() const;
-  uint64_t memory_bytes() const;
+  uint64_t memory_bytes() const;  // between ranks on the CPU
 };
 
-// How the rows of a message are cut: a function of what both ends know before they exchange it.
-struct RowBlocks {
-  int64_t rows, rows_each;
-  int count;  // one at least: a message without rows is one as well
-
-  RowBlocks(int64_t rows, int64_t row_bytes);
-  int64_t begin(int block) const { return std::min<int64_t>(rows, block * rows_each); }
-  int64_t end(int block) const { return begin(block + 1); }
-  // The end of the blocks that a GEMM computes together with this one: it reads its weights once
-  // for all of them. Two ranks need not group alike.
-  int group_end(int block) const {
-    return std::min(count, block + static_cast<int>(std::max<int64_t>(1, kGroupRows / rows_each)));
-  }
-
-  // A multiple of the GEMM's tiles of six rows and of sixteen. With fewer rows, the reading of
-  // large weights would take longer than their multiplication.
-  static constexpr int64_t kGroupRows = 96;
-};
+// What an end calls in a message.
+Descriptor describe_message(Op op, const ChannelShape& shape, int64_t rows);
+// The digest in the words of both ends, whichever op exchanges the message.
+uint16_t message_tag(const ChannelShape& shape, int64_t rows);
 
 class Channel {
  public:
   // memory: of a segment of two, the source's end being rank 0.
   Channel(std::shared_ptr<Communicator> communicator, Segment memory, int source, int target,
           const ChannelShape& shape);
+  // Between GPUs.
+  Channel(std::shared_ptr<Communicator> communicator, std::shared_ptr<gpu::ChannelEnd> end,
+          int source, int target, const ChannelShape& shape);
   ~Channel();
   Channel(const Channel&) = delete;
 
@@ -56,14 +50,19 @@ class Channel {
   int target() const { return target_; }
   Communicator& communicator() const { return *communicator_; }
   int64_t handle() const { return handle_; }
+  // Null between ranks on the CPU.
+  gpu::ChannelEnd* gpu() const { return gpu_.get(); }
 
   static Channel& from_handle(int64_t handle);
 
  private:
   friend class Message;
 
+  void enter_registry();
+
   std::shared_ptr<Communicator> communicator_;
-  Segment memory_;
+  std::optional<Segment> memory_;  // none between GPUs
+  std::shared_ptr<gpu::ChannelEnd> gpu_;
   int source_, target_;
   ChannelShape shape_;
   uint64_t messages_ = 0;  // that this end has begun
@@ -71,9 +70,9 @@ class Channel {
   int64_t handle_;
 };
 
-// One message under way, at either end. Throws at construction if the communicator has failed, is
-// closed, or the channel is in use. A sender's construction waits for a free slot; a receiver's
-// destruction frees the slot.
+// One message under way between ranks on the CPU, at either end. Throws at construction if the
+// communicator has failed, is closed, or the channel is in use. A sender's construction waits for a
+// free slot; a receiver's destruction frees the slot.
 class Message {
  public:
   Message(Channel& channel, Op op, int64_t rows);

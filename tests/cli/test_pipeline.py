@@ -60,6 +60,8 @@ def test_stages_of_smollm2_and_their_timeline(tmp_path):
         (["generate", "--trace", "/nowhere/trace.json"], "no such folder"),
         (["bench", "send_recv", "--ranks", 3], "use --ranks 2"),
         (["bench", "send_recv", "--backends", "nccl"], "unknown backend 'nccl'"),
+        (["bench", "send_recv", "--device", "cuda", "--ranks", 3], "use --ranks 2 or 4"),
+        (["bench", "send_recv", "--device", "cuda", "--backends", "cpu"], "on GPUs: use cuda, "),
         (["bench", "pipeline", "--ranks", 1], "use --ranks 2 or more"),
         (["bench", "pipeline", "--compute", "none"], "use real or emulated"),
         (["bench", "wall", "--compute", "real"], "use --compute emulated"),

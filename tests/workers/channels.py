@@ -87,8 +87,8 @@ def exact() -> dict:
                     traffic.append(f"{name}: {statistics}")
             if comm.rank == last and transport == TRANSPORTS[0]:
                 with FakeTensorMode():
-                    fake = torch.ops.commfuse.recv(5, there.handle)
                     norm = torch.empty(columns, dtype=dtype)
+                    fake = torch.ops.commfuse.recv(5, there.handle, norm)
                     pair = torch.ops.commfuse.recv.rms_norm(5, there.handle, norm, 1e-5)
                 if any((f.shape, f.dtype) != ((5, columns), dtype) for f in (fake, *pair)):
                     failures.append(f"shape-only: {fake}, {pair}")

@@ -214,10 +214,12 @@ def _send_recv(
     links: dict[str, Link],
     as_json: bool,
 ) -> None:
-    from commfuse.bench.send_recv import Options, check_options, run_rank
+    from commfuse.bench.send_recv import Options
 
     if device == "cuda":
-        raise UsageError("--device cuda: bench send_recv runs on the CPU in this version")
+        from commfuse.bench.boundary_gpu import check_options, run_rank
+    else:
+        from commfuse.bench.send_recv import check_options, run_rank
     options = Options(
         backends=names,
         dtype=dtype,
@@ -230,8 +232,11 @@ def _send_recv(
         check_options(options, count)
     if started is not None:
         run_rank(options)
-    elif status := run_again_as_ranks(2):
-        raise typer.Exit(status)
+        return
+    with gpu_lab(device) as lab:
+        for count in counts:
+            if status := run_again_as_ranks(count, lab.environment(count) if lab else None):
+                raise typer.Exit(status)
 
 
 def _split(option: str, names: str | None, example: str) -> tuple[str, ...] | None:

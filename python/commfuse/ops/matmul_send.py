@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from commfuse.ops._registry import Backend, Op, cpu_obstacle, define, torch_obstacle
+from commfuse.ops._registry import (
+    Backend,
+    Op,
+    cpu_obstacle,
+    cuda_obstacle,
+    define,
+    torch_obstacle,
+)
 from commfuse.ops.matmul import PackedWeight, Weight, matmul
 from commfuse.ops.matmul import reference as matmul_reference
 from commfuse.runtime.channel import Channel
@@ -31,6 +38,10 @@ def _cpu(x, w, channel, bias, residual):
     _matmul_send(x, w.data, w.n, channel.handle, bias, residual)
 
 
+def _cuda(x, w, channel, bias, residual):
+    _matmul_send(x, w, w.shape[0], channel.handle, bias, residual)
+
+
 def _torch(x, w, channel, bias, residual):
     y = matmul(x, w)
     for addend in (bias, residual):
@@ -40,7 +51,11 @@ def _torch(x, w, channel, bias, residual):
 
 OP = Op(
     "matmul_send",
-    (Backend("cpu", _cpu, cpu_obstacle), Backend("torch", _torch, torch_obstacle)),
+    (
+        Backend("cpu", _cpu, cpu_obstacle),
+        Backend("cuda", _cuda, cuda_obstacle),
+        Backend("torch", _torch, torch_obstacle),
+    ),
 )
 
 
@@ -54,12 +69,16 @@ def matmul_send(
 ) -> None:
     """Sends x wᵀ (+ bias) (+ residual) into a channel, rows as they are finished.
 
-    The product is computed straight into the receiver's slot, some hundred rows at a time. The bits
-    are those of :func:`~commfuse.ops.matmul_all_reduce` on one rank.
+    On the CPU, and on GPUs for up to 64 rows of bfloat16 or float16, the product is computed
+    straight into the receiver's slot. Its bits are those of
+    :func:`~commfuse.ops.matmul_all_reduce` on one rank (CPU), or of :func:`~commfuse.ops.matmul`
+    and an addition of the residual (GPU). More rows on GPUs go by torch's GEMM in up to eight
+    parts, one of which is sent while the next is computed.
 
     Args:
         x: [rows, k], contiguous; of the channel's dtype.
-        w: [columns of the channel, k]; a :class:`PackedWeight` over shared memory.
+        w: [columns of the channel, k]; a :class:`PackedWeight` over shared memory. On GPUs it
+            may be read early, as by :func:`~commfuse.ops.matmul`.
         channel: that begins at this rank.
         bias: [columns] or None.
         residual: [rows, columns] or None.

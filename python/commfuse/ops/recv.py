@@ -6,19 +6,26 @@ import torch
 import torch.nn.functional as F
 
 from commfuse import _extension
-from commfuse.ops._registry import Backend, Op, cpu_obstacle, define, torch_obstacle
+from commfuse.ops._registry import (
+    Backend,
+    Op,
+    cpu_obstacle,
+    cuda_obstacle,
+    define,
+    torch_obstacle,
+)
 from commfuse.runtime.channel import Channel
 
 
-def _fake(rows: int, channel: int) -> torch.Tensor:
-    shape = _extension.require().channel_shape(channel)
-    return torch.empty(rows, shape.columns, dtype=getattr(torch, shape.dtype.name))
+def _fake(rows: int, channel: int, like: torch.Tensor) -> torch.Tensor:
+    return like.new_empty(rows, _extension.require().channel_shape(channel).columns)
 
 
-_recv = define("recv(int rows, int channel) -> Tensor", _fake)
+# `like`, of the channel's dtype on its device, is what torch knows the device from.
+_recv = define("recv(int rows, int channel, Tensor like) -> Tensor", _fake)
 _recv_rms_norm = define(
     "recv.rms_norm(int rows, int channel, Tensor norm_weight, float eps) -> (Tensor, Tensor)",
-    lambda rows, channel, norm_weight, eps: (_fake(rows, channel), _fake(rows, channel)),
+    lambda rows, channel, norm, eps: (_fake(rows, channel, norm), _fake(rows, channel, norm)),
 )
 
 
@@ -34,7 +41,7 @@ def reference(
 
 def _native(rows, channel, norm_weight, eps):
     if norm_weight is None:
-        return _recv(rows, channel.handle)
+        return _recv(rows, channel.handle, channel.no_rows)
     return _recv_rms_norm(rows, channel.handle, norm_weight, eps)
 
 
@@ -45,7 +52,14 @@ def _torch(rows, channel, norm_weight, eps):
     return F.rms_norm(x, norm_weight.shape, norm_weight, eps), x
 
 
-OP = Op("recv", (Backend("cpu", _native, cpu_obstacle), Backend("torch", _torch, torch_obstacle)))
+OP = Op(
+    "recv",
+    (
+        Backend("cpu", _native, cpu_obstacle),
+        Backend("cuda", _native, cuda_obstacle),
+        Backend("torch", _torch, torch_obstacle),
+    ),
+)
 
 
 def recv(
@@ -57,7 +71,9 @@ def recv(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Waits for the next message of a channel, and frees its slot.
 
-    With a norm, each block of rows is normalised when it has arrived, while the next travels.
+    Between GPUs this happens on the current stream, and the call returns at once; what fails there
+    is raised by a later call or by ``comm.check()``. With a norm, each block of rows is normalised
+    when it has arrived, while the next travels.
 
     Args:
         rows: of the message: both ends know it, no shapes travel.

@@ -6,7 +6,14 @@ import torch
 import torch.nn.functional as F
 
 from commfuse import _extension
-from commfuse.ops._registry import Backend, Op, cpu_obstacle, define, torch_obstacle
+from commfuse.ops._registry import (
+    Backend,
+    Op,
+    cpu_obstacle,
+    cuda_obstacle,
+    define,
+    torch_obstacle,
+)
 from commfuse.ops.matmul import PackedWeight, Weight, matmul
 from commfuse.ops.matmul import reference as matmul_reference
 from commfuse.ops.recv import reference as recv_reference
@@ -41,6 +48,10 @@ def _cpu(rows, channel, w, bias, norm_weight, eps):
     return _recv_matmul(rows, channel.handle, w.data, w.n, bias, norm_weight, eps)
 
 
+def _cuda(rows, channel, w, bias, norm_weight, eps):
+    return _recv_matmul(rows, channel.handle, w, w.shape[0], bias, norm_weight, eps)
+
+
 def _torch(rows, channel, w, bias, norm_weight, eps):
     x = channel.torch_recv(rows)
     normalised = x
@@ -51,7 +62,11 @@ def _torch(rows, channel, w, bias, norm_weight, eps):
 
 OP = Op(
     "recv_matmul",
-    (Backend("cpu", _cpu, cpu_obstacle), Backend("torch", _torch, torch_obstacle)),
+    (
+        Backend("cpu", _cpu, cpu_obstacle),
+        Backend("cuda", _cuda, cuda_obstacle),
+        Backend("torch", _torch, torch_obstacle),
+    ),
 )
 
 
@@ -66,12 +81,15 @@ def recv_matmul(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(RMSNorm of) the next message times wᵀ (+ bias), begun on the rows that have arrived.
 
-    The bits are those of :func:`~commfuse.ops.recv` and :func:`~commfuse.ops.matmul`.
+    On the CPU, and on GPUs for up to 64 rows of bfloat16 or float16, the bits are those of
+    :func:`~commfuse.ops.recv` and :func:`~commfuse.ops.matmul`. More rows on GPUs go by torch's
+    GEMM in up to eight parts, each of which is multiplied while the next arrives.
 
     Args:
         rows: of the message: both ends know it, no shapes travel.
         channel: that ends at this rank.
-        w: [n, columns of the channel]; a :class:`PackedWeight` over shared memory.
+        w: [n, columns of the channel]; a :class:`PackedWeight` over shared memory. On GPUs it
+            may be read early, as by :func:`~commfuse.ops.matmul`.
         bias: [n] or None.
         norm_weight: [columns], of an RMSNorm of the rows, or None.
         eps: of the norm.

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from commfuse.ops._registry import Backend, Op, cpu_obstacle, define, torch_obstacle
+from commfuse.ops._registry import (
+    Backend,
+    Op,
+    cpu_obstacle,
+    cuda_obstacle,
+    define,
+    torch_obstacle,
+)
 from commfuse.runtime.channel import Channel
 
 
@@ -28,15 +35,23 @@ def _torch(x: torch.Tensor, channel: Channel) -> None:
     channel.torch_send(x)
 
 
-OP = Op("send", (Backend("cpu", _native, cpu_obstacle), Backend("torch", _torch, torch_obstacle)))
+OP = Op(
+    "send",
+    (
+        Backend("cpu", _native, cpu_obstacle),
+        Backend("cuda", _native, cuda_obstacle),
+        Backend("torch", _torch, torch_obstacle),
+    ),
+)
 
 
 def send(x: torch.Tensor, channel: Channel) -> None:
     """Sends a message into a channel.
 
     Returns when the message lies in a slot; waits only while every slot holds a message that was
-    not received. Over torch.distributed ``x`` itself is sent, and must not be changed until it has
-    been received.
+    not received. Between GPUs all of this happens on the current stream, and the call returns at
+    once; what fails there is raised by a later call or by ``comm.check()``. Over torch.distributed
+    ``x`` itself is sent, and must not be changed until it has been received.
 
     Args:
         x: [rows, columns], contiguous; the channel's columns and dtype, no more than its rows.

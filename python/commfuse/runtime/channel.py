@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,19 +23,47 @@ from commfuse.errors import (
     UsageError,
 )
 from commfuse.runtime import agreement
-from commfuse.runtime.communicator import (
-    MOST_BYTES,
+from commfuse.runtime.communicator import MOST_BYTES, Communicator
+from commfuse.runtime.symmetric import SymmetricBuffer
+from commfuse.runtime.transports import (
     SHARED_MEMORY,
+    SYMMETRIC_MEMORY,
     TORCH_DISTRIBUTED,
-    Communicator,
+    own_transport,
 )
 
+# Which backend of the ops serves a transport.
+BACKENDS = {SHARED_MEMORY: "cpu", SYMMETRIC_MEMORY: "cuda", TORCH_DISTRIBUTED: "torch"}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FEWEST_SLOTS, MOST_SLOTS = 2, 64
 # Of torch.distributed's messages: no other channel of this process, on whatever communicator, has
 # had the same, so that none gets what was sent into another.
 _next_tag = 0
 STAMP_BYTES = 8  # of the time of arrival, over an emulated link
+
+
+def _transport(asked: str, comm: Communicator) -> str:
+    """What a channel goes by.
+
+    Raises:
+        UsageError, BackendUnavailable: see :class:`Channel`.
+    """
+    own = own_transport(comm.device)
+    known = ["auto", own, *([TORCH_DISTRIBUTED] if own == SHARED_MEMORY else [])]
+    if asked not in known:
+        raise UsageError(
+            f"unknown transport {asked!r} of a channel on {comm.device.type}: use one of "
+            f"{', '.join(map(repr, known))}"
+        )
+    if comm.transport == own and asked in ("auto", own):
+        return own
+    if asked == own or TORCH_DISTRIBUTED not in known:
+        because = f" ({comm.transport_reason})" if comm.transport_reason else ""
+        raise BackendUnavailable(
+            f"a channel over {own} needs a communicator that has it; transport is "
+            f"{comm.transport}{because}"
+        )
+    return TORCH_DISTRIBUTED
 
 
 class Channel:
@@ -47,24 +76,30 @@ class Channel:
 
     Its failures are the communicator's, and final. It closes with the communicator.
 
+    Between GPUs it serves one stream of messages, which need not be that of the communicator's
+    collectives; calls return before they have run, and CUDA graphs may hold them. Every rank of the
+    communicator gives the slots' memory, whether it is at an end or not.
+
     Args:
-        comm: of the two ranks, on the CPU. An emulated link holds back what a rank sends.
+        comm: of the two ranks. An emulated link holds back what a rank sends.
         source, target: ranks of ``comm``, where messages begin and end.
         rows: the most rows of a message.
         columns: of every message.
         dtype: bfloat16, float16 or float32. Bits are copied as they are: other data may be viewed
             as one of these.
         slots: messages that may be under way, 2 to 64.
-        transport: ``"shared memory"`` or ``"torch.distributed"``; ``"auto"``: the former
-            where all ranks of the communicator share it.
+        transport: on the CPU ``"shared memory"`` or ``"torch.distributed"``; ``"auto"``: the former
+            where all ranks of the communicator share it. On GPUs ``"symmetric memory"``, which
+            ``"auto"`` stands for.
 
     Raises:
         UsageError: sizes or ranks that cannot be, too little shared memory.
         PeerMismatch: ranks have declared different channels; all ranks raise it.
-        BackendUnavailable: shared memory was asked for and the communicator has none.
+        BackendUnavailable: shared or symmetric memory was asked for and the communicator has none;
+            or the GPUs cannot map each other's.
 
     Attributes:
-        backend: of the ops on this channel: ``"cpu"`` or ``"torch"``.
+        backend: of the ops on this channel: ``"cpu"``, ``"cuda"`` or ``"torch"``.
         no_rows: [0, columns], a message without rows.
 
     Example:
@@ -91,11 +126,12 @@ class Channel:
         self.rows, self.columns, self.dtype, self.slots = rows, columns, dtype, slots
         self.transport = transport
         self._native = None
+        self._memory: SymmetricBuffer | None = None  # between GPUs
         self._posted: deque[tuple[torch.Tensor, dist.Work]] = deque()
         self._sent: deque[tuple[torch.Tensor, dist.Work]] = deque()
         self._failure: CommunicatorError | None = None
         self._open()
-        self.no_rows = torch.empty(0, columns, dtype=dtype)
+        self.no_rows = torch.empty(0, columns, dtype=dtype, device=comm.device)
         comm.channels.append(self)
 
     def __repr__(self) -> str:
@@ -128,8 +164,6 @@ class Channel:
         rows, columns, dtype, slots = self.rows, self.columns, self.dtype, self.slots
         world = comm.world_size
         comm.check_host()
-        if comm.device.type != "cpu":
-            raise BackendUnavailable("channels connect ranks on the CPU in this version")
         if not (0 <= source < world and 0 <= target < world and source != target):
             raise UsageError(
                 f"a channel from rank {source} to rank {target} of {world}: it takes two different "
@@ -147,20 +181,8 @@ class Channel:
                 f"too little shared memory: a channel needs {needed} bytes, and no process can map "
                 f"more than {MOST_BYTES}; pass fewer rows or slots"
             )
-        if self.transport not in ("auto", SHARED_MEMORY, TORCH_DISTRIBUTED):
-            raise UsageError(
-                f"unknown transport {self.transport!r}: use 'auto', {SHARED_MEMORY!r} or "
-                f"{TORCH_DISTRIBUTED!r}"
-            )
-        if self.transport == SHARED_MEMORY and comm.transport != SHARED_MEMORY:
-            raise BackendUnavailable(
-                f"a channel over shared memory needs a communicator that has it; transport is "
-                f"{comm.transport}"
-            )
-        if self.transport == "auto":
-            shared = comm.transport == SHARED_MEMORY
-            self.transport = SHARED_MEMORY if shared else TORCH_DISTRIBUTED
-        self.backend = "cpu" if self.transport == SHARED_MEMORY else "torch"
+        self.transport = _transport(self.transport, comm)
+        self.backend = BACKENDS[self.transport]
 
     def _open(self) -> None:
         """Compares the declarations and connects the two ends."""
@@ -185,28 +207,53 @@ class Channel:
                     f"rank {rank} has declared {declared} while rank 0 has declared "
                     f"{everybody[0][0]}: all ranks must make the same channels in the same order"
                 )
+        if self.transport == SYMMETRIC_MEMORY:
+            self._open_on_gpus()
+        elif self.transport == SHARED_MEMORY:
+            address = everybody[self.source][1]
+            agreement.attempt(comm.group, lambda: self._connect(servers, address))
 
-        def meet() -> None:
-            if self.transport != SHARED_MEMORY or comm.rank not in (self.source, self.target):
-                return
-            native = _extension.require().Channel
-            ends = (self.source, self.target, self._shape)
-            if servers:
-                self._native = native.serve(comm._native, servers[0], *ends)
-            else:
-                address = everybody[self.source][1]
-                self._native = native.connect(comm._native, address, *ends)
+    def _connect(self, servers: list[Any], address: str) -> None:
+        """Meets the other end, if this rank is at one: in memory that the source has made."""
+        ends = (self.source, self.target, self._shape)
+        native = _extension.require().Channel
+        if servers:
+            self._native = native.serve(self.comm._native, servers[0], *ends)
+        elif self.comm.rank == self.target:
+            self._native = native.connect(self.comm._native, address, *ends)
 
-        agreement.attempt(comm.group, meet)
+    def _open_on_gpus(self) -> None:
+        """Every rank gives memory; those at the ends map it and load their kernels."""
+        comm, native = self.comm, _extension.require()
+        self._memory = SymmetricBuffer(
+            comm.group, native.gpu_channel_bytes(self._shape), comm.device
+        )
+
+        def attach() -> None:
+            if comm.rank in (self.source, self.target):
+                ends = (comm._native, self._memory.addresses, self.source, self.target, self._shape)
+                with torch.cuda.device(comm.device):
+                    self._native = native.Channel.on_gpu(*ends)
+
+        # Nobody sends before both ends have loaded their kernels.
+        agreement.attempt(comm.group, attach)
 
     @property
-    def _shape(self):
+    def _shape(self) -> Any:
         native = _extension.require()
         dtype = getattr(native.DType, str(self.dtype).removeprefix("torch."))
         return native.ChannelShape(dtype, self.rows, self.columns, self.slots)
 
     def close(self) -> None:
-        """Releases its memory; by torch.distributed, when all that was sent has left."""
+        """Releases its memory; by torch.distributed, when all that was sent has left.
+
+        Between GPUs, when this rank's kernels have ended; the peer must have ended its own.
+        """
+        if self._memory is not None:
+            torch.cuda.synchronize(self.comm.device)
+            self._native = None
+            self._memory.close()
+            self._memory = None
         self._native = None
         self._posted.clear()
         while self._sent and self._failure is None:
@@ -221,7 +268,7 @@ class Channel:
     def post(self, rows: int) -> None:
         """Asks for the next message before it is needed, so that it can arrive meanwhile.
 
-        Over shared memory a message needs no asking: its slot is there.
+        Over memory that the ranks share a message needs no asking: its slot is there.
         """
         if self.backend == "torch":
             self._check(rows, self.target, "recv")

@@ -64,6 +64,14 @@ class SymmetricBuffer:
             return self.local
         return self._handle.get_buffer(rank, (self.nbytes,), torch.uint8)
 
+    def signal(self, rank: int, channel: int) -> None:
+        """Sets one of torch's signals on a peer, behind what the stream has stored there."""
+        self._handle.put_signal(rank, channel)
+
+    def await_signal(self, rank: int, channel: int) -> None:
+        """Has the stream wait for a peer's signal, and takes it back."""
+        self._handle.wait_signal(rank, channel)
+
     def close(self) -> None:
         """Releases this rank's buffer and mappings; a peer's mapping of it keeps it alive.
 
