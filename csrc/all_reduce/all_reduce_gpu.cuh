@@ -120,25 +120,6 @@ __global__ void __launch_bounds__(most_threads(kWorld), 2)
   exchange.finish();
 }
 
-// Deals out load(i) -> store(i), i < count, to the threads of the block: four of each are on their
-// way at once, which a loop of loads and stores that may alias does not bring about.
-template <class Load, class Store>
-__device__ __forceinline__ void move_units(int count, Load load, Store store) {
-  constexpr int kBatch = 4;
-  const int step = static_cast<int>(blockDim.x);
-  for (int first = static_cast<int>(threadIdx.x); first < count; first += kBatch * step) {
-    uint4 unit[kBatch];
-#pragma unroll
-    for (int k = 0; k < kBatch; ++k) {
-      if (first + k * step < count) unit[k] = load(first + k * step);
-    }
-#pragma unroll
-    for (int k = 0; k < kBatch; ++k) {
-      if (first + k * step < count) store(first + k * step, unit[k]);
-    }
-  }
-}
-
 // The same n elements on every rank, in memory that all map; aligned to 16 bytes, in whole units.
 struct PeerTensor {
   void* data[kMaxRanks];

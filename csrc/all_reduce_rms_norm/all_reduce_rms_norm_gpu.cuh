@@ -61,6 +61,58 @@ class SumOfSquares {
   float total_ = 0;  // of this lane; the same in every warp
 };
 
+// A block: y = RMSNorm(row) weight, of n elements. load(j) is unit j of the row, and is asked again
+// for what a thread cannot keep; keep(j, unit) is told each unit once.
+template <class T, class Load, class Keep>
+__device__ __forceinline__ void normalise_row(const T* weight, float eps, T* y, int n,
+                                              float* shared, Load load, Keep keep) {
+  constexpr int kHeld = SumOfSquares::kMostSteps;  // units that a thread keeps
+  constexpr int kElements = 16 / static_cast<int>(sizeof(T));
+  const int units = (n + kElements - 1) / kElements;
+  const Units<const T> factor(weight, n);
+  const Units<T> to(y, n);
+  const auto at = [&](int k) { return static_cast<int>(threadIdx.x + k * blockDim.x); };
+
+  uint4 held[kHeld], by[kHeld];
+#pragma unroll
+  for (int k = 0; k < kHeld; ++k) {
+    if (at(k) >= units) continue;
+    held[k] = load(at(k));
+    by[k] = factor.load(at(k));
+  }
+  SumOfSquares squares(shared);
+#pragma unroll
+  for (int k = 0; k < kHeld; ++k) {
+    float own = 0;
+    if (at(k) < units) {
+      keep(at(k), held[k]);
+      own = squares_of<T>(held[k]);
+    }
+    squares.note(k, own);
+  }
+  squares.add(kHeld);
+  for (int first = kHeld * blockDim.x; first < units; first += blockDim.x) {
+    const int j = first + threadIdx.x;
+    float own = 0;
+    if (j < units) {
+      const uint4 unit = load(j);
+      keep(j, unit);
+      own = squares_of<T>(unit);
+    }
+    squares.note(0, own);
+    squares.add(1);
+  }
+  const float mean = squares.total() / static_cast<float>(n);
+  const float scale = 1.0f / sqrtf(mean + eps);
+#pragma unroll
+  for (int k = 0; k < kHeld; ++k) {
+    if (at(k) < units) to.store(at(k), scaled<T>(held[k], scale, by[k]));
+  }
+  for (int j = at(kHeld); j < units; j += blockDim.x) {
+    to.store(j, scaled<T>(load(j), scale, factor.load(j)));
+  }
+}
+
 template <class T>
 struct NormRows {
   const T* x;         // [rows, n]
@@ -76,65 +128,23 @@ struct NormRows {
 template <class T>
 __global__ void __launch_bounds__(kNormThreads, 2)
     rms_norm_rows(const __grid_constant__ NormRows<T> a, bool successor_early) {
-  // Units of the row that a thread keeps; more are read again.
-  constexpr int kHeld = SumOfSquares::kMostSteps;
-  constexpr int kElements = 16 / static_cast<int>(sizeof(T));
-  __shared__ float shared[kHeld * kNormThreads / SumOfSquares::kUnits];
+  __shared__ float shared[SumOfSquares::kMostSteps * kNormThreads / SumOfSquares::kUnits];
   wait_for_predecessor(successor_early);
-  const int units = (a.n + kElements - 1) / kElements;
   const int64_t offset = int64_t{blockIdx.x} * a.n;
-  const Units<const T> from(a.x + offset, a.n), factor(a.weight, a.n);
+  const Units<const T> from(a.x + offset, a.n);
   const Units<const T> addend(a.residual ? a.residual + offset : nullptr, a.n);
-  const Units<T> to(a.y + offset, a.n), sums(a.out ? a.out + offset : nullptr, a.n);
-  const auto at = [&](int k) { return static_cast<int>(threadIdx.x + k * blockDim.x); };
-  const auto with_residual = [&](uint4 unit, uint4 more) {
-    UnitSum<T, 1> sum = {{unit}};
-    return sum.total(1, &more);
-  };
-
-  uint4 held[kHeld], more[kHeld], by[kHeld];
-#pragma unroll
-  for (int k = 0; k < kHeld; ++k) {
-    if (at(k) >= units) continue;
-    held[k] = from.load(at(k));
-    if (a.residual) more[k] = addend.load(at(k));
-    by[k] = factor.load(at(k));
-  }
-  SumOfSquares squares(shared);
-#pragma unroll
-  for (int k = 0; k < kHeld; ++k) {
-    float own = 0;
-    if (at(k) < units) {
-      if (a.residual) held[k] = with_residual(held[k], more[k]);
-      if (a.out) sums.store(at(k), held[k]);
-      own = squares_of<T>(held[k]);
-    }
-    squares.note(k, own);
-  }
-  squares.add(kHeld);
-  for (int first = kHeld * blockDim.x; first < units; first += blockDim.x) {
-    const int j = first + threadIdx.x;
-    float own = 0;
-    if (j < units) {
-      uint4 unit = from.load(j);
-      if (a.residual) unit = with_residual(unit, addend.load(j));
-      if (a.out) sums.store(j, unit);
-      own = squares_of<T>(unit);
-    }
-    squares.note(0, own);
-    squares.add(1);
-  }
-  const float mean = squares.total() / static_cast<float>(a.n);
-  const float scale = 1.0f / sqrtf(mean + a.eps);
-#pragma unroll
-  for (int k = 0; k < kHeld; ++k) {
-    if (at(k) < units) to.store(at(k), scaled<T>(held[k], scale, by[k]));
-  }
-  for (int j = at(kHeld); j < units; j += blockDim.x) {
-    uint4 unit = from.load(j);
-    if (a.residual) unit = with_residual(unit, addend.load(j));
-    to.store(j, scaled<T>(unit, scale, factor.load(j)));
-  }
+  const Units<T> sums(a.out ? a.out + offset : nullptr, a.n);
+  normalise_row<T>(
+      a.weight, a.eps, a.y + offset, a.n, shared,
+      [&](int j) {
+        UnitSum<T, 1> sum = {{from.load(j)}};
+        if (!a.residual) return sum.unit[0];
+        const uint4 more = addend.load(j);
+        return sum.total(1, &more);
+      },
+      [&](int j, uint4 unit) {
+        if (a.out) sums.store(j, unit);
+      });
 }
 
 }  // namespace commfuse::gpu

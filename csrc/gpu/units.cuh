@@ -43,6 +43,25 @@ struct Units {
   }
 };
 
+// Deals out load(i) -> store(i), i < count, to the threads of the block: four of each are on their
+// way at once, which a loop of loads and stores that may alias does not bring about.
+template <class Index, class Load, class Store>
+__device__ __forceinline__ void move_units(Index count, Load load, Store store) {
+  constexpr int kBatch = 4;
+  const int step = static_cast<int>(blockDim.x);
+  for (Index first = threadIdx.x; first < count; first += kBatch * step) {
+    uint4 unit[kBatch];
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      if (first + k * step < count) unit[k] = load(first + k * step);
+    }
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      if (first + k * step < count) store(first + k * step, unit[k]);
+    }
+  }
+}
+
 // The sum of one unit of all ranks in rank order, + each addend that is not null, rounded once.
 template <class T, int kWorld>
 struct UnitSum {

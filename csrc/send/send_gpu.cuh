@@ -13,7 +13,7 @@ template <class T>
 __global__ void __launch_bounds__(kSendThreads, 2)
     send_rows(const __grid_constant__ GpuMessage message, BlockRange range, const T* x,
               const T* residual) {
-  constexpr int kElements = 16 / static_cast<int>(sizeof(T)), kHeld = 4;
+  constexpr int kElements = 16 / static_cast<int>(sizeof(T));
   MessageEnd end(message);
   wait_for_predecessor();
   if (!end.begin_block() || !end.await_free_block()) return;
@@ -24,20 +24,11 @@ __global__ void __launch_bounds__(kSendThreads, 2)
     const int64_t units = (n + kElements - 1) / kElements;
     const Units<const T> from(x + offset, n), addend(residual ? residual + offset : nullptr, n);
     const Units<T> to(end.sent_row<T>(first), n);
-    // So many loads are on the way at once.
-    for (int64_t j = threadIdx.x; j < units; j += kHeld * blockDim.x) {
-      uint4 held[kHeld];
-#pragma unroll
-      for (int k = 0; k < kHeld; ++k) {
-        if (j + k * blockDim.x < units) held[k] = from.load(j + k * blockDim.x);
-      }
-#pragma unroll
-      for (int k = 0; k < kHeld; ++k) {
-        const int64_t unit = j + k * blockDim.x;
-        if (unit >= units) continue;
-        to.store(unit, residual ? sum_of<T>(held[k], addend.load(unit)) : held[k]);
-      }
-    }
+    move_units(
+        units, [&](int64_t j) { return from.load(j); },
+        [&](int64_t j, uint4 unit) {
+          to.store(j, residual ? sum_of<T>(unit, addend.load(j)) : unit);
+        });
     end.finish_sent(b);
   }
 }

@@ -258,7 +258,7 @@ def _quantised_decoder(
 
     try:
         decode(np.zeros((1, GGML_QUANT_SIZES[kind][1]), dtype=np.uint8))
-    except NotImplementedError:
+    except NotImplementedError:  # what gguf raises for a type that it cannot decode
         raise UsageError(
             f"tensor {name!r} has the type {kind.name}, which is not supported"
         ) from None
